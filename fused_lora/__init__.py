@@ -1,0 +1,44 @@
+"""fused-lora: LoRA at the price of the frozen layer.
+
+y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ
+"""
+
+from .config import LoRAConfig
+from .convolution import LoRAConv1d, LoRAConv2d, LoRAConv3d
+from .inject import (
+    apply_lora,
+    count_parameters,
+    lora_layers,
+    lora_parameters,
+    lora_report,
+    merge_lora,
+    remove_lora,
+)
+from .modules import LoRAEmbedding, LoRALinear
+from .ops.linear import FusedLoRALinear, explain, lora_linear
+from .peft_patch import PatchReport, patch_peft, peft_status, unpatch_peft
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusedLoRALinear",
+    "LoRAConfig",
+    "LoRAConv1d",
+    "LoRAConv2d",
+    "LoRAConv3d",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "PatchReport",
+    "apply_lora",
+    "count_parameters",
+    "explain",
+    "lora_layers",
+    "lora_linear",
+    "lora_parameters",
+    "lora_report",
+    "merge_lora",
+    "patch_peft",
+    "peft_status",
+    "remove_lora",
+    "unpatch_peft",
+]
