@@ -1,0 +1,107 @@
+"""What the operator refuses, before any work: the argument checks of ``lora_linear`` and ``explain``.
+
+x (..., K)   weight (N, K)   bias (N,)   lora_a (R, K)   lora_b (N, R)   lora_bias (N,)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_LARGEST_SCALE = torch.finfo(torch.float32).max
+
+
+def autocasting(device_type: str) -> bool:
+    """Whether autocast is on for this type of device; some, such as meta, have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def autocast_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The dtype autocast computes in; None where it is off or does not apply (it never touches float64)."""
+    device_type = x.device.type
+    if autocasting(device_type) and torch.float64 not in (x.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def check_operands(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, lora_bias: Tensor | None
+) -> torch.dtype:
+    """Refuse what the operator does not define, before any work; return the compute dtype."""
+    for name, t in (
+        ("x", x),
+        ("weight", weight),
+        ("lora_a", a),
+        ("lora_b", b),
+        ("bias", bias),
+        ("lora_bias", lora_bias),
+    ):
+        if not isinstance(t, Tensor) and (t is not None or name not in ("bias", "lora_bias")):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}: convert it with torch.as_tensor")
+    autocast = autocast_dtype(x, weight)
+    dtype = x.dtype if autocast is None else autocast
+    mixed = x.dtype != weight.dtype and autocast is None
+    if mixed or x.dtype not in _FLOATS or weight.dtype not in _FLOATS:
+        raise TypeError(
+            f"x is {x.dtype} and weight is {weight.dtype}: they must be the same floating dtype, "
+            "one of float64, float32, bfloat16, float16 (or run under torch.autocast)"
+        )
+    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} does not fit weight of shape {tuple(weight.shape)}: "
+            "weight must be (out_features, in_features) and the last dimension of x in_features"
+        )
+    N, K = weight.shape
+    fits = a.dim() == 2 and b.dim() == 2 and a.shape[1] == K and b.shape[0] == N and a.shape[0] == b.shape[1]
+    if not fits or a.shape[0] == 0:
+        raise ValueError(
+            f"lora_a of shape {tuple(a.shape)} and lora_b of shape {tuple(b.shape)} do not fit weight of shape "
+            f"({N}, {K}): they must be (rank, {K}) and ({N}, rank) with rank at least 1"
+        )
+    if a.dtype != b.dtype or (a.dtype != dtype and not (a.dtype == torch.float32 and dtype in _LOW_PRECISION)):
+        raise TypeError(
+            f"lora_a is {a.dtype} and lora_b is {b.dtype} over a layer that computes in {dtype}: both must be {dtype}"
+            + (", or both float32" if dtype in _LOW_PRECISION else "")
+            + "; cast the adapters with .to()"
+        )
+    for name, vector, wanted in (("bias", bias, weight.dtype), ("lora_bias", lora_bias, a.dtype)):
+        if vector is not None and (vector.shape != (N,) or vector.dtype != wanted):
+            raise ValueError(
+                f"{name} must be {wanted} of shape ({N},), got {vector.dtype} of shape {tuple(vector.shape)}"
+            )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight requires grad, but the base layer is frozen here and would get no gradient: call "
+            "weight.requires_grad_(False), or use nn.Linear for a layer that trains in full"
+        )
+    device = x.device
+    for name, t in (("weight", weight), ("lora_a", a), ("lora_b", b), ("bias", bias), ("lora_bias", lora_bias)):
+        if t is not None and t.device != device:
+            raise ValueError(f"{name} is on {t.device} and x is on {device}: move them to one device")
+    return dtype
+
+
+def check_scale(scale: float | Tensor) -> tuple[float, Tensor | None]:
+    """(float, None) or (1.0, 0-d tensor)."""
+    if not isinstance(scale, Tensor):
+        if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"scale must be a float or a 0-d tensor, got {type(scale).__name__}: use float(scale)")
+        # A trace has a symbol here, whose value it must not ask for.
+        if not torch.compiler.is_compiling() and not abs(scale) <= _LARGEST_SCALE:
+            raise ValueError(
+                f"scale must be finite, got {scale}: check lora_alpha and the rank it came from (the kernels hold it "
+                "in float32, up to 3.4e38)"
+            )
+        return scale, None
+    if scale.numel() != 1 or not scale.dtype.is_floating_point:
+        raise ValueError(
+            f"scale must be a 0-d floating tensor, got {scale.dtype} of shape {tuple(scale.shape)}: "
+            "use .float(), or a Python float"
+        )
+    if scale.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "scale requires grad, which is not supported: pass scale.detach(), or train the gain inside lora_b"
+        )
+    return 1.0, scale.reshape(())

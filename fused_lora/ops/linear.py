@@ -1,0 +1,353 @@
+"""The fused LoRA linear: two torch.library ops, one autograd Function, one function.
+
+    y  = x Wᵀ + bias + scale · (s Bᵀ + lora_bias)        s  = drop(x) Aᵀ
+    ds = scale · dy B      db = scale · dyᵀ s      da = dsᵀ drop(x)      dx = dy W + drop'(ds A)
+
+x (..., K)   weight W (N, K) frozen   bias (N,)   lora_a A (R, K)   lora_b B (N, R)   y, dy (..., N)   s, ds (M, R)
+M = rows of x. Kept for the backward: x (an alias), s, the seed; never a tensor of size M x K or M x N.
+
+Eager calls on plain tensors go straight to the bodies; a trace (compile, export, fake tensors) sees the registered ops.
+Autocast's choice of dtype is an argument of the ops, so that x and W are kept as they are and cast inside, in passing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import pieces, reference
+from ..checks import autocasting, check_operands, check_scale
+from ..dropout import as_seed, check_p, keep_mask, keep_scale
+from ..plan import Facts, Plan, device_facts, interpreting, make_plan, parse_request, plan_for
+from ..vendor import acc_dtype
+
+_library = torch.library.Library("fused_lora", "DEF")
+_library.define(
+    "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor? lora_bias, "
+    "float scale, Tensor? scale_tensor, Tensor? seed, float p, ScalarType dtype, str? strategy) "
+    "-> (Tensor y, Tensor s)"
+)
+_library.define(
+    "linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_a, Tensor? lora_b, Tensor? s, float scale, "
+    "Tensor? scale_tensor, Tensor? seed, float p, ScalarType x_dtype, ScalarType adapter_dtype, ScalarType bias_dtype, "
+    "SymInt in_features, SymInt rank, bool[] need, str? strategy) "
+    "-> (Tensor dx, Tensor dbias, Tensor da, Tensor db, Tensor dlora_bias)"
+)
+
+
+def _factor(scale: float, scale_tensor: Tensor | None) -> float | Tensor:
+    """The scale as one runtime value: a float where no device has to be asked for it."""
+    if scale_tensor is None:
+        return scale
+    if scale_tensor.device.type == "cpu":
+        return scale * scale_tensor.item()
+    return scale_tensor if scale == 1.0 else scale_tensor * scale
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """The bodies choose their dtypes themselves."""
+    if autocasting(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    lora_bias: Tensor | None,
+    scale: float,
+    scale_tensor: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    dtype: torch.dtype,
+    strategy: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Body of linear_forward: (y (..., N), s (M, R))."""
+    N, K = weight.shape
+    rows = x.reshape(math.prod(x.shape[:-1]), K)
+    plan = plan_for(rows.shape[0], N, K, a.shape[0], dtype, a.dtype, p > 0.0, x.device, strategy)
+    factor = _factor(scale, scale_tensor)
+    mask = None if seed is None else pieces.Mask(seed, rows.shape[0], K, p)
+    with _without_autocast(x.device.type):
+        rows = pieces.operand(plan, rows)
+        s = pieces.shrink(plan, rows, a, mask)
+        y = pieces.expand(plan, rows, pieces.operand(plan, weight), bias, s, b, lora_bias, factor)
+    # Not .view: autograd forbids in-place work (an activation, += residual) on a view made inside a Function.
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], N)), s
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    s: Tensor | None,
+    scale: float,
+    scale_tensor: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    x_dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    in_features: int,
+    rank: int,
+    need: list[bool],
+    strategy: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Body of linear_backward; a gradient ``need`` (x, bias, a, b, lora_bias) does not ask for is an empty tensor."""
+    need_x, need_bias, need_a, need_b, need_lora_bias = need
+    N = dy.shape[-1]
+    lead = dy.shape[:-1]
+    dy = dy.reshape(math.prod(lead), N)
+    M = dy.shape[0]
+    plan = plan_for(M, N, in_features, rank, dy.dtype, adapter_dtype, p > 0.0, dy.device, strategy)
+    factor = _factor(scale, scale_tensor)
+    dx, dbias, da, db, dlora_bias = (dy.new_empty(0) for _ in need)  # an op's outputs must not alias each other
+    with _without_autocast(dy.device.type):
+        if need_bias or need_lora_bias:
+            total = dy.sum(0, dtype=acc_dtype(dy.dtype))
+            dbias = total.to(bias_dtype) if need_bias else dbias
+            dlora_bias = (total * factor).to(adapter_dtype) if need_lora_bias else dlora_bias
+        need_ds = need_x or need_a
+        if need_ds or need_b:
+            ds, db_ = pieces.grad_b(plan, dy, b if need_ds else None, s if need_b else None, factor)
+            db = db if db_ is None else db_
+        mask = None if seed is None else pieces.Mask(seed, M, in_features, p)
+        rows = None
+        if need_a:
+            assert x is not None
+            rows = pieces.operand(plan, x.reshape(M, in_features))
+        if need_x:
+            assert weight is not None
+            assert a is not None
+            assert ds is not None
+            dx, da_ = pieces.grad_xa(plan, dy, rows, pieces.operand(plan, weight), ds, a, mask, x_dtype)
+            dx, da = dx.view(*lead, in_features), da if da_ is None else da_
+        elif rows is not None:
+            assert ds is not None
+            da = pieces.grad_a(plan, rows, ds, mask)
+    return dx, dbias, da, db, dlora_bias
+
+
+def _forward_fake(x, weight, bias, a, b, lora_bias, scale, scale_tensor, seed, p, dtype, strategy):
+    y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
+    return y, x.new_empty(math.prod(x.shape[:-1]), a.shape[0], dtype=acc_dtype(a.dtype))
+
+
+def _backward_fake(
+    dy, x, weight, a, b, s, scale, scale_tensor, seed, p,
+    x_dtype, adapter_dtype, bias_dtype, in_features, rank, need, strategy,
+):  # fmt: skip
+    N = dy.shape[-1]
+    shapes = ((*dy.shape[:-1], in_features), (N,), (rank, in_features), (N, rank), (N,))
+    dtypes = (x_dtype, bias_dtype, adapter_dtype, adapter_dtype, adapter_dtype)
+    return tuple(
+        dy.new_empty(shape, dtype=dtype) if wanted else dy.new_empty(0)
+        for shape, dtype, wanted in zip(shapes, dtypes, need, strict=True)
+    )
+
+
+# Without grad: an exported graph calls the ops outside the Function that differentiates them.
+_library.impl("linear_forward", torch.no_grad()(_forward), "CompositeExplicitAutograd")
+_library.impl("linear_backward", torch.no_grad()(_backward), "CompositeExplicitAutograd")
+torch.library.register_fake("fused_lora::linear_forward", _forward_fake, lib=_library)
+torch.library.register_fake("fused_lora::linear_backward", _backward_fake, lib=_library)
+
+
+def _plain(t: Tensor) -> bool:
+    """Whether an eager call on ``t`` may skip the dispatcher: no trace, no tensor subclass."""
+    return type(t) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def _batched(t: Tensor) -> bool:
+    """Whether autograd passes many gradients at once (``is_grads_batched=True``): no in-place work on those."""
+    return torch._C._functorch.is_legacy_batchedtensor(t)
+
+
+class FusedLoRALinear(torch.autograd.Function):
+    """The autograd Function behind :func:`lora_linear`; ``apply`` takes the forward op's arguments in order.
+
+    The backward computes what ``needs_input_grad`` asks for and nothing else. With ``create_graph=True`` it is made of
+    differentiable expressions, so every higher derivative exists.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, lora_bias, scale, scale_tensor, seed, p, dtype, strategy):
+        op = _forward if _plain(x) else torch.ops.fused_lora.linear_forward
+        y, s = op(x, weight, bias, a, b, lora_bias, scale, scale_tensor, seed, p, dtype, strategy)
+        need_x, _, _, need_a, need_b, _ = ctx.needs_input_grad[:6]
+        # x for da; and for the derivative of db with respect to x, which only exists where both are wanted.
+        keep_x = need_a or (need_b and need_x)
+        ctx.save_for_backward(
+            x if keep_x else None,
+            weight if need_x else None,
+            a if need_x or need_b else None,
+            b if need_x or need_a else None,
+            s if need_b else None,
+            seed,
+            scale_tensor,
+        )
+        bias_dtype = a.dtype if bias is None else bias.dtype
+        ctx.constants = (scale, p, x.dtype, a.dtype, bias_dtype, a.shape[1], a.shape[0], strategy)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, a, b, s, seed, scale_tensor = ctx.saved_tensors
+        scale, p, x_dtype, adapter_dtype, bias_dtype, in_features, rank, strategy = ctx.constants
+        need_x, _, need_bias, need_a, need_b, need_lora_bias = ctx.needs_input_grad[:6]
+        need = [need_x, need_bias, need_a, need_b, need_lora_bias]
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _batched(dy)):
+            factor = _factor(scale, scale_tensor)
+            with _without_autocast(dy.device.type):
+                grads = _differentiable_backward(
+                    dy, x, weight, a, b, s, factor, seed, p, x_dtype, adapter_dtype, bias_dtype, in_features, need
+                )
+        else:
+            op = _backward if _plain(dy) else torch.ops.fused_lora.linear_backward
+            grads = op(
+                dy, x, weight, a, b, s, scale, scale_tensor, seed, p,
+                x_dtype, adapter_dtype, bias_dtype, in_features, rank, need, strategy,
+            )  # fmt: skip
+        dx, dbias, da, db, dlora_bias = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
+        return dx, None, dbias, da, db, dlora_bias, None, None, None, None, None, None
+
+
+def _differentiable_backward(
+    dy, x, weight, a, b, s, factor, seed, p, x_dtype, adapter_dtype, bias_dtype, in_features, need
+):
+    """The five gradients as expressions autograd can differentiate again (create_graph=True)."""
+    need_x, need_bias, need_a, need_b, need_lora_bias = need
+    acc = acc_dtype(adapter_dtype)
+    lead = dy.shape[:-1]
+    dy = dy.reshape(math.prod(lead), dy.shape[-1])
+    dy_acc = dy.to(acc)
+    rows = dropped = keep = None
+    if x is not None:
+        rows = dropped = x.reshape(dy.shape[0], x.shape[-1]).to(acc)
+    if seed is not None and (need_x or need_a or need_b):
+        keep = keep_mask(seed, dy.shape[0], in_features, p).to(acc) * keep_scale(p)
+        dropped = None if rows is None else rows * keep
+    dx = dbias = da = db = dlora_bias = None
+    if need_x or need_a:
+        ds = (dy_acc @ b.to(acc)) * factor
+    if need_x:
+        lowrank = ds @ a.to(acc)
+        lowrank = lowrank if keep is None else lowrank * keep
+        dx = (dy_acc @ weight.to(acc) + lowrank).to(x_dtype).reshape(*lead, weight.shape[1])
+    if need_a:
+        da = (ds.t() @ dropped).to(adapter_dtype)
+    if need_b:
+        # s as saved is a constant; where it depends on something that is being differentiated it is made again.
+        s = s if dropped is None else dropped @ a.to(acc).t()
+        db = ((dy_acc.t() @ s) * factor).to(adapter_dtype)
+    if need_bias:
+        dbias = dy_acc.sum(0).to(bias_dtype)
+    if need_lora_bias:
+        dlora_bias = (dy_acc.sum(0) * factor).to(adapter_dtype)
+    return dx, dbias, da, db, dlora_bias
+
+
+def _transformed() -> bool:
+    """Whether a functorch transform or forward-mode AD is active: they differentiate the formula itself."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    lora_bias: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    strategy: str | None = None,
+) -> Tensor:
+    """LoRA linear, fused forward and backward.
+
+    ``y = x Wᵀ + bias + scale · ((drop(x) Aᵀ) Bᵀ + lora_bias)``
+
+    Args:
+        x: (..., K), float64, float32, bfloat16 or float16, any strides, any number of rows (0 included).
+        weight: (N, K), frozen, in the dtype of x (or any but float64 under autocast).
+        lora_a: (R, K), in the dtype the layer computes in, or float32 over bfloat16 and float16 (PEFT's default).
+        lora_b: (N, R), same dtype as lora_a.
+        scale: float, or a 0-d tensor; a runtime value, so another scale compiles nothing.
+        bias: (N,), frozen or trainable, or None.
+        dropout_p: probability of zeroing an element of x before A, in [0, 1].
+        training: dropout is applied only when True.
+        lora_bias: (N,), scaled like the rest of the branch (PEFT's ``lora_bias``), or None.
+        seed: of the dropout mask (:func:`fused_lora.dropout.keep_mask`): int, or int64 tensor with one element.
+            None draws one from torch's default generator of x's device.
+        strategy: None lets the plan choose; ``"torch"``, ``"triton"`` or ``"reference"`` forces (``plan.py`` lists
+            the forms).
+
+    Returns:
+        y (..., N) in the dtype of x, or autocast's. Sums are kept in float32 (float64 for float64) and rounded once.
+
+    Raises:
+        TypeError: dtypes that do not go together; a scale or seed of another type.
+        ValueError: shapes or devices that do not fit; dropout_p outside [0, 1]; a scale that is not finite; a weight
+            that requires grad; an unknown strategy, or one that cannot run here (the message says why).
+
+    Source: Hu et al., LoRA, arXiv 2106.09685, equation 3. Gradients: ``docs/math.md``. Numerics: ``docs/numerics.md``.
+    """
+    dtype = check_operands(x, weight, lora_a, lora_b, bias, lora_bias)
+    scale, scale_tensor = check_scale(scale)
+    p = check_p(dropout_p)
+    p = p if training else 0.0
+    composite = strategy == "reference" or _transformed()
+    if strategy is not None and not composite and not torch.compiler.is_compiling():
+        # A request that cannot be met is refused here, before any work; in a compiled graph the op refuses it.
+        plan_for(0, weight.shape[0], weight.shape[1], lora_a.shape[0], dtype, lora_a.dtype, p > 0.0, x.device, strategy)
+    if composite and strategy is not None:
+        parse_request(strategy)
+    seed_tensor = as_seed(seed, x.device) if p > 0.0 else None
+    if composite:
+        factor = scale if scale_tensor is None else scale_tensor
+        return reference.lora_linear(
+            x, weight, lora_a, lora_b, factor, bias, dropout_p=p, lora_bias=lora_bias, seed=seed_tensor
+        )
+    return FusedLoRALinear.apply(
+        x, weight, bias, lora_a, lora_b, lora_bias, scale, scale_tensor, seed_tensor, p, dtype, strategy
+    )
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    lora_bias: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    strategy: str | None = None,
+) -> Plan:
+    """The plan :func:`lora_linear` would follow for these arguments, with its reasons; nothing runs. ``print`` it.
+
+    Same arguments, checks and errors as :func:`lora_linear`.
+    """
+    dtype = check_operands(x, weight, lora_a, lora_b, bias, lora_bias)
+    check_scale(scale)
+    p = check_p(dropout_p)
+    N, K = weight.shape
+    dropout = training and p > 0.0
+    device = device_facts(x.device, interpreting())
+    facts = Facts(math.prod(x.shape[:-1]), N, K, lora_a.shape[0], dtype, lora_a.dtype, dropout, device)
+    return make_plan(facts, strategy)

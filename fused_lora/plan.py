@@ -1,0 +1,280 @@
+"""From facts to a plan: which strategy runs, in which form each piece, and why not the others.
+
+``make_plan`` is pure: the same facts give the same plan, nothing is timed, no device is asked. ``device_facts`` asks
+the device, once, and is cached; nothing here runs at import.
+
+A request is a strategy, optionally with a form for single pieces::
+
+    "torch"    "triton"    "triton:expand=pointer"    "triton:expand=descriptor,grad_x=descriptor,shrink=torch"
+
+forms: ``torch`` (vendor GEMMs), ``triton`` (the kernel of a skinny piece); for expand and grad_x ``torch``, ``beta1``
+(the vendor's GEMM accumulates onto a low-rank product made by a kernel), ``pointer`` and ``descriptor`` (one kernel).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .kernels import tiles  # pure Python: importing it imports no triton
+
+STRATEGIES = ("torch", "triton", "reference")
+PIECES = ("shrink", "expand", "grad_b", "grad_x", "grad_a")
+MAX_TRITON_RANK = 512
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_SKINNY_FORMS = ("torch", "triton")
+_GEMM_FORMS = ("torch", "beta1", "pointer", "descriptor")
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What the plan needs to know of a device."""
+
+    type: str
+    name: str
+    capability: tuple[int, int]  # (0, 0) where it has none
+    num_sms: int
+    native: frozenset[torch.dtype]  # the dtypes whose GEMMs the device multiplies natively
+    triton_reason: str  # why triton cannot run here; "" where it can
+    interpreted: bool  # triton runs under its interpreter
+    hip: bool = False  # a ROCm device
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything a plan is made from. M rows, N out_features, K in_features, R rank."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    dropout: bool
+    device: DeviceFacts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A strategy, a form for each piece, and the reasons. ``print`` it."""
+
+    facts: Facts
+    strategy: str
+    shrink: str
+    expand: str
+    grad_b: str
+    grad_x: str
+    grad_a: str
+    upcast: bool  # the big GEMMs of the torch form run in float32 blocks
+    reasons: tuple[str, ...]
+    tiles: tuple[tuple[str, Any], ...] = ()  # (piece, tile) for the pieces that have a kernel
+
+    def tile(self, piece: str) -> Any:
+        """The tile a kernel runs the piece with (``kernels/tiles.py``)."""
+        return dict(self.tiles)[piece]
+
+    def __str__(self) -> str:
+        f = self.facts
+        lines = [
+            f"fused-lora plan: {self.strategy}   (M {f.M}, N {f.N}, K {f.K}, rank {f.R}, {_short(f.dtype)}, "
+            f"adapters {_short(f.adapter_dtype)}, dropout {'on' if f.dropout else 'off'}, {f.device.name})"
+        ]
+        if self.strategy != "reference":
+            lines += [f"  {piece:<7} {describe_piece(self, piece)}" for piece in PIECES]
+        lines += [f"  because {reason}" for reason in self.reasons]
+        return "\n".join(lines)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def device_facts(device: torch.device, interpreted: bool) -> DeviceFacts:
+    """Ask the device, once. ``interpreted``: whether TRITON_INTERPRET=1 is set."""
+    triton_reason = ""
+    if importlib.util.find_spec("triton") is None:
+        triton_reason = "triton is not installed (pip install 'fused-lora[triton]')"
+    capability, num_sms, name = (0, 0), 1, device.type
+    native: set[torch.dtype] = {torch.float64, torch.float32, *_LOW_PRECISION}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, num_sms = properties.name, properties.multi_processor_count
+        if torch.version.hip is None:
+            capability = (properties.major, properties.minor)
+            if capability < (8, 0) and not triton_reason:
+                triton_reason = f"the kernels need compute capability 8.0, {name} has {capability[0]}.{capability[1]}"
+    elif device.type == "cpu":
+        native -= {dtype for dtype in _LOW_PRECISION if not _cpu_multiplies(dtype)}
+        if interpreted:
+            # The kernels are planned as for a small Hopper chip, so that every form can be interpreted.
+            capability, num_sms = (9, 0), 16
+        elif not triton_reason:
+            triton_reason = (
+                "the tensors are on the CPU (set TRITON_INTERPRET=1 before triton is imported to interpret the kernels)"
+            )
+    elif not triton_reason:
+        triton_reason = f"the kernels do not run on {device.type} devices"
+    return DeviceFacts(
+        device.type,
+        name,
+        capability,
+        num_sms,
+        frozenset(native),
+        triton_reason,
+        interpreted and device.type == "cpu",
+        hip=device.type == "cuda" and torch.version.hip is not None,
+    )
+
+
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions that multiply ``dtype``; without them torch's own GEMM is many times slower."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    names = ("avx512_bf16", "amx_bf16", "bf16") if dtype == torch.bfloat16 else ("amx_fp16", "avx512_fp16", "fp16")
+    return any(capabilities.get(name, False) for name in names)
+
+
+def interpreting() -> bool:
+    """Whether triton, when it is imported, interprets its kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def plan_for(
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    dropout: bool,
+    device: torch.device,
+    request: str | None,
+) -> Plan:
+    """The cached plan of a call; arguments as in :class:`Facts`."""
+    return _plan_for(M, N, K, R, dtype, adapter_dtype, dropout, device, request, interpreting())
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_for(M, N, K, R, dtype, adapter_dtype, dropout, device, request, interpreted) -> Plan:
+    return make_plan(Facts(M, N, K, R, dtype, adapter_dtype, dropout, device_facts(device, interpreted)), request)
+
+
+def parse_request(request: str | None) -> tuple[str | None, dict[str, str]]:
+    """("triton", {"expand": "pointer"}) from "triton:expand=pointer".
+
+    Raises:
+        ValueError: an unknown strategy, piece or form; the message lists the known ones.
+    """
+    if request is None:
+        return None, {}
+    strategy, _, rest = request.partition(":") if isinstance(request, str) else (request, "", "")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be None or one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    forced: dict[str, str] = {}
+    for item in filter(None, rest.split(",")):
+        piece, _, form = item.partition("=")
+        known = _GEMM_FORMS if piece in ("expand", "grad_x") else _SKINNY_FORMS
+        if strategy != "triton" or piece not in PIECES:
+            raise ValueError(f"cannot force {item!r}: only 'triton' takes forms, for the pieces {', '.join(PIECES)}")
+        if form not in known:
+            raise ValueError(f"{piece} has no form {form!r}; it has {', '.join(known)}")
+        forced[piece] = form
+    return strategy, forced
+
+
+def triton_refusal(facts: Facts) -> str:
+    """Why the ``triton`` strategy cannot take this call; "" where it can."""
+    if facts.device.triton_reason:
+        return facts.device.triton_reason
+    if torch.float64 in (facts.dtype, facts.adapter_dtype):
+        return "the kernels accumulate in float32 and would lower float64"
+    if facts.R > MAX_TRITON_RANK:
+        return f"the kernels take ranks up to {MAX_TRITON_RANK}, this one is {facts.R}"
+    return ""
+
+
+def make_plan(facts: Facts, request: str | None = None) -> Plan:
+    """The plan for these facts; ``request`` as in the module's docstring.
+
+    Raises:
+        ValueError: the request cannot be met; the message says why.
+    """
+    strategy, forced = parse_request(request)
+    refusal = triton_refusal(facts)
+    reasons: list[str] = []
+    if strategy == "triton" and refusal:
+        raise ValueError(f"strategy='triton' cannot run here: {refusal}; use strategy=None or 'torch'")
+    if strategy is not None:
+        reasons.append(f"strategy {strategy!r} was asked for")
+    elif refusal:
+        strategy, reasons = "torch", [f"not triton: {refusal}"]
+    elif facts.device.interpreted:
+        strategy, reasons = "torch", ["not triton: its interpreter is for tests; ask for strategy='triton' to use it"]
+    else:
+        strategy = "triton"
+        reasons.append("the skinny products are bound by memory: one kernel each reads x or dy once, dropout included")
+    return _with_forms(facts, strategy, forced, reasons)
+
+
+def _with_forms(facts: Facts, strategy: str, forced: dict[str, str], reasons: list[str]) -> Plan:
+    upcast = facts.dtype not in facts.device.native
+    if strategy != "triton":
+        if strategy == "torch" and upcast:
+            reasons.append(
+                f"this CPU does not multiply {_short(facts.dtype)}: the GEMMs run on float32 blocks and round once"
+            )
+        forms: dict[str, Any] = dict.fromkeys(PIECES, "torch")
+        return Plan(facts=facts, strategy=strategy, upcast=upcast, reasons=tuple(reasons), **forms)
+    forms = dict.fromkeys(PIECES, "triton")
+    for piece in ("expand", "grad_x"):
+        if facts.device.interpreted:
+            forms[piece] = "pointer"
+        else:
+            forms[piece] = "beta1"
+            if piece not in forced:
+                reasons.append(
+                    f"{piece}: the vendor GEMM accumulates onto the low-rank product, until a committed measurement on "
+                    f"{facts.device.name} shows a fused kernel ahead"
+                )
+    forms.update(forced)
+    picked = tuple((piece, tile) for piece in PIECES if (tile := _pick_tile(facts, piece, forms[piece])) is not None)
+    return Plan(facts=facts, strategy=strategy, upcast=upcast, reasons=tuple(reasons), tiles=picked, **forms)
+
+
+def _pick_tile(facts: Facts, piece: str, form: str) -> Any:
+    """The kernel's tile for a piece in this form; None where no kernel runs.
+
+    Raises:
+        ValueError: the descriptor form, on a chip without TMA or sizes it cannot address.
+    """
+    if form == "torch":
+        return None
+    device = facts.device
+    problem = tiles.Problem(facts.M, facts.N, facts.K, facts.R, _short(facts.dtype), _short(facts.adapter_dtype))
+    chip = tiles.Chip(device.num_sms, device.capability, device.hip)
+    if form == "beta1":
+        return tiles.pick_lowrank_y(problem, chip) if piece == "expand" else tiles.pick_lowrank_x(problem, chip)
+    if form == "descriptor":
+        refusal = ""
+        if not (chip.descriptors or device.interpreted):
+            refusal = f"{device.name} has no TMA (compute capability 9.0 and newer)"
+        elif problem.itemsize != 2:
+            refusal = f"it is for 16-bit dtypes, not {_short(facts.dtype)}"
+        elif facts.N % 8 or facts.K % 8:
+            refusal = f"N = {facts.N} and K = {facts.K} must be multiples of 8 (rows of 16 bytes)"
+        if refusal:
+            raise ValueError(f"{piece}=descriptor cannot run here: {refusal}; use {piece}=pointer")
+        pick = tiles.pick_expand if piece == "expand" else tiles.pick_grad_x
+        return pick(problem, chip, descriptor=True)
+    return getattr(tiles, f"pick_{piece}")(problem, chip)
+
+
+def describe_piece(plan: Plan, piece: str) -> str:
+    """One line on how a piece runs, with its tile where a kernel does it."""
+    tile = dict(plan.tiles).get(piece)
+    return getattr(plan, piece) + (f"  {tile}" if tile is not None else "")

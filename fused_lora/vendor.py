@@ -1,0 +1,244 @@
+"""The five pieces of the operator from torch's own matrix products: the ``torch`` strategy, on every device.
+
+Raw tensors in, raw tensors out, like ``kernels/linear.py``, whose launchers these are the twins of.
+
+M rows, K in_features, N out_features, R rank.
+x (M, K)   w (N, K)   bias (N,)   a (R, K)   b (N, R)   lora_bias (N,)   y, dy (M, N)
+s = drop(x) aᵀ (M, R)   ds = scale · dy b (M, R)         both in the accumulation dtype: float32, or float64
+
+Two forms of the big product. Where the device multiplies the dtype natively, the vendor's GEMM accumulates onto the
+low-rank product (beta = 1). On a CPU without bfloat16/float16 arithmetic ("upcast") the operands become float32 block
+by block: torch's own fallback there is many times slower (README, "Measured"), and the result is rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dropout import BlockMask, zero_dropped
+
+# Elements in a block of rows that is masked or cast. On a CPU the block and its scratch stay in the caches; on a GPU
+# fewer, larger launches matter more than cache.
+_CPU_BLOCK = 1 << 20
+_GPU_BLOCK = 1 << 24
+# Elements of a float32 block in the upcast GEMMs: 64 MiB of rows, 16 MiB of weight. Bounds the temporary memory.
+_UPCAST_ROWS = 1 << 24
+_UPCAST_WEIGHT = 1 << 22
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _native(t: Tensor, dtype: torch.dtype) -> bool:
+    """Whether one GEMM of t with an adapter factor of ``dtype`` is accurate as it is: no cast, no range to lose."""
+    return t.dtype == dtype and (dtype == acc_dtype(dtype) or (dtype == torch.bfloat16 and t.device.type != "cpu"))
+
+
+def _blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive ranges of at most ``size`` that cover ``total``."""
+    size = max(size, 1)
+    for start in range(0, total, size):
+        yield start, min(start + size, total)
+
+
+def _row_blocks(t: Tensor) -> Iterator[tuple[int, int]]:
+    elements = _CPU_BLOCK if t.device.type == "cpu" else _GPU_BLOCK
+    return _blocks(t.shape[0], max(elements // max(t.shape[1], 1), 16))
+
+
+def _dropped(x: Tensor, i: int, j: int, bits: Tensor | None, acc: torch.dtype) -> Tensor:
+    """Rows i..j of x in ``acc`` with the dropped elements zero; the rank-wide side carries 1/(1-p)."""
+    block = x[i:j].to(acc)
+    return block if bits is None else zero_dropped(block.contiguous(), bits, in_place=x.dtype != acc)
+
+
+def shrink(x: Tensor, a: Tensor, mask: BlockMask | None) -> Tensor:
+    """s = drop(x) aᵀ, (M, R) in the accumulation dtype."""
+    acc = acc_dtype(a.dtype)
+    if mask is None and _native(x, a.dtype):
+        return torch.mm(x, a.t()).to(acc)
+    a_t = a.to(acc).t()
+    s = x.new_empty(x.shape[0], a.shape[0], dtype=acc)
+    for i, j in _row_blocks(x):
+        bits = None if mask is None else mask.bits(i, j - i)
+        torch.mm(_dropped(x, i, j, bits, acc), a_t, out=s[i:j])
+    return s if mask is None else s.mul_(mask.scale)
+
+
+def expand(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    b: Tensor,
+    lora_bias: Tensor | None,
+    scale: float | Tensor,
+    dtype: torch.dtype,
+    upcast: bool,
+) -> Tensor:
+    """y = x wᵀ + bias + scale · (s bᵀ + lora_bias), (M, N) in ``dtype``."""
+    t = s * scale
+    if lora_bias is not None:
+        t, b = _with_rank(t, b, scale, lora_bias)
+    if upcast:
+        return _expand_upcast(x, w, bias, t, b, dtype)
+    x, w = x.to(dtype), w.to(dtype)
+    if dtype == t.dtype:
+        # The frozen product first: where b and lora_bias are zero, y is the frozen layer's output bit for bit.
+        return F.linear(x, w, bias).addmm_(t, b.t())
+    if bias is not None:
+        t, b = _with_rank(t, b, 1.0, bias)
+    return _rank_product(t, b.t(), dtype).addmm_(x, w.t())
+
+
+def _with_rank(t: Tensor, b: Tensor, factor: float | Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """t and b with one more rank, which adds factor · vector to every row of t bᵀ: no pass over y, no rounding of y."""
+    return torch.cat([t, torch.ones_like(t[:, :1]) * factor], dim=1), torch.cat([b, vector[:, None]], dim=1)
+
+
+def _rank_product(t: Tensor, f: Tensor, dtype: torch.dtype) -> Tensor:
+    """t f, (M, R) x (R, P), rounded once to ``dtype``; t is float32.
+
+    bfloat16: t and a float32 f are split into high and low halves that stand side by side along R, so one bfloat16 GEMM
+    loses nothing of them and no float32 (M, P) tensor exists. float16 cannot hold t's range.
+    """
+    if dtype != torch.bfloat16:
+        return torch.mm(t, f.to(t.dtype)).to(dtype)
+    t_high, f_high = t.to(dtype), f.to(dtype)
+    left, right = [t_high, (t - t_high).to(dtype)], [f_high, f_high]
+    if f.dtype != dtype:
+        left.append(t_high)
+        right.append((f - f_high).to(dtype))
+    return torch.mm(torch.cat(left, dim=1), torch.cat(right, dim=0))
+
+
+def _expand_upcast(x: Tensor, w: Tensor, bias: Tensor | None, t: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    (rows, features), out = x.shape, w.shape[0]
+    y = x.new_empty(rows, out, dtype=dtype)
+    for i, j in _blocks(rows, _UPCAST_ROWS // max(features, 1)):
+        x_block = x[i:j].float()
+        for n, o in _blocks(out, _UPCAST_WEIGHT // max(features, 1)):
+            block = torch.mm(x_block, w[n:o].float().t())
+            if bias is not None:
+                block += bias[n:o]
+            y[i:j, n:o] = block.addmm_(t[i:j], b[n:o].float().t())
+    return y
+
+
+def grad_b(
+    dy: Tensor,
+    b: Tensor | None,
+    s: Tensor | None,
+    scale: float | Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    """ds = scale · dy b, (M, R) in the accumulation dtype, and db = scale · dyᵀ s, (N, R) in ``dtype``, the adapters'.
+
+    ds is computed where b is given, db where s is; the other is None.
+    """
+    acc = acc_dtype(dtype)
+    ds = db = None
+    if _native(dy, dtype):
+        if b is not None:
+            ds = torch.mm(dy, b).to(acc).mul_(scale)
+        if s is not None:
+            db = torch.mm(dy.t(), (s * scale).to(dtype))
+        return ds, db
+    if b is not None:
+        b = b.to(acc)
+        ds = dy.new_empty(dy.shape[0], b.shape[1], dtype=acc)
+    if s is not None:
+        db = dy.new_zeros(dy.shape[1], s.shape[1], dtype=acc)
+    for i, j in _row_blocks(dy):
+        block = dy[i:j].to(acc)
+        if b is not None and ds is not None:
+            torch.mm(block, b, out=ds[i:j])
+        if s is not None and db is not None:
+            db.addmm_(block.t(), s[i:j])
+    return None if ds is None else ds.mul_(scale), None if db is None else db.mul_(scale).to(dtype)
+
+
+def grad_x(
+    dy: Tensor,
+    w: Tensor,
+    ds: Tensor,
+    a: Tensor,
+    mask: BlockMask | None,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    upcast: bool,
+    x: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """dx = dy w + drop'(ds a), (M, K) in ``x_dtype``; ``dtype`` is that of the frozen layer's arithmetic.
+
+    With ``x``, and a mask, also da = dsᵀ drop(x) in the dtype of a: both need the same blocks of the mask.
+    """
+    da = None if x is None or mask is None else a.new_zeros(a.shape, dtype=ds.dtype)
+    t = ds if mask is None else ds * mask.scale
+    if upcast:
+        dx = _grad_x_upcast(dy, w, t, a, mask, x_dtype, x, da)
+    elif dtype == ds.dtype:
+        dx = torch.mm(dy, w.to(dtype))
+        _add_lowrank(dx, t, a, mask, 0, x, da)
+    elif mask is None:
+        dx = _rank_product(t, a, dtype).addmm_(dy, w.to(dtype))
+    else:
+        dx = dy.new_zeros(dy.shape[0], w.shape[1])
+        _add_lowrank(dx, t, a.to(t.dtype), mask, 0, x, da)
+        dx.addmm_(dy, w.to(dtype))
+    return dx.to(x_dtype), None if da is None else da.to(a.dtype)
+
+
+def _add_lowrank(
+    dx: Tensor, t: Tensor, a: Tensor, mask: BlockMask | None, start: int, x: Tensor | None, da: Tensor | None
+) -> None:
+    """dx += drop'(t a) and, where da is given, da += tᵀ drop(x), in place; row 0 of dx is row ``start`` of the mask."""
+    if mask is None:
+        dx.addmm_(t, a)
+        return
+    for i, j in _row_blocks(dx):
+        bits = mask.bits(start + i, j - i)
+        dx[i:j] += zero_dropped(torch.mm(t[i:j], a), bits, in_place=True)
+        if x is not None and da is not None:
+            da.addmm_(t[i:j].t(), _dropped(x, start + i, start + j, bits, da.dtype))
+
+
+def _grad_x_upcast(
+    dy: Tensor,
+    w: Tensor,
+    t: Tensor,
+    a: Tensor,
+    mask: BlockMask | None,
+    x_dtype: torch.dtype,
+    x: Tensor | None,
+    da: Tensor | None,
+) -> Tensor:
+    (rows, out), features = dy.shape, w.shape[1]
+    dx = dy.new_empty(rows, features, dtype=x_dtype)
+    a = a.float()
+    for i, j in _blocks(rows, _UPCAST_ROWS // max(features, out, 1)):
+        block = torch.zeros(j - i, features, dtype=torch.float32, device=dy.device)
+        for n, o in _blocks(out, _UPCAST_WEIGHT // max(features, 1)):
+            block.addmm_(dy[i:j, n:o].float(), w[n:o].float())
+        _add_lowrank(block, t[i:j], a, mask, i, x, da)
+        dx[i:j] = block
+    return dx
+
+
+def grad_a(x: Tensor, ds: Tensor, mask: BlockMask | None, dtype: torch.dtype) -> Tensor:
+    """da = dsᵀ drop(x), (R, K) in ``dtype``, that of the adapters."""
+    acc = ds.dtype
+    if mask is None and (x.dtype == acc or _native(x, dtype)):
+        return torch.mm(ds.t().to(x.dtype), x).to(dtype)
+    t = ds if mask is None else ds * mask.scale
+    da = torch.zeros(ds.shape[1], x.shape[1], dtype=acc, device=x.device)
+    for i, j in _row_blocks(x):
+        bits = None if mask is None else mask.bits(i, j - i)
+        da.addmm_(t[i:j].t(), _dropped(x, i, j, bits, acc))
+    return da.to(dtype)
