@@ -1,0 +1,98 @@
+"""The command ``fused-lora``: doctor, demo, bench.
+
+Exit code: 0 all is well; 1 a check failed; 2 the command line cannot be followed (one line on stderr says why).
+``bench`` returns pytest's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from . import __version__, demo, doctor
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, without the usage text before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line (default: ``sys.argv``) and return the exit code.
+
+    Raises:
+        SystemExit: code 2 for a mistake in the arguments, 0 for --help and --version.
+    """
+    parser = _Parser(prog="fused-lora", description="LoRA linear layers, fused forward and backward.")
+    parser.add_argument("--version", action="version", version=f"fused-lora {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="{doctor,demo,bench}", required=True)
+    commands.add_parser("doctor", help="what is installed, what can run here, and whether it computes right")
+    _add_demo(commands.add_parser("demo", help="fine-tune a network on handwritten digits with the fused layer"))
+    commands.add_parser(
+        "bench", help="run the benchmarks of a checkout", epilog="Other options go to pytest: see bench/README.md."
+    )
+    args, rest = parser.parse_known_args(argv)
+    command: argparse.ArgumentParser = commands.choices[args.command]
+    if rest and args.command != "bench":
+        command.error(f"unknown arguments: {' '.join(rest)}; see --help")
+    try:
+        if args.command == "bench":
+            return _bench(rest, command)
+        return doctor.run() if args.command == "doctor" else _demo(args, command)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    usual = demo.Settings()
+    parser.add_argument("--seed", type=int, help="of the split, the training and the dropout (%(default)s)")
+    parser.add_argument("--digit", type=int, help="the digit that the base network is weak on, 0 to 9 (%(default)s)")
+    parser.add_argument("--rank", type=int, help="of the adapters (%(default)s)")
+    parser.add_argument("--dropout", type=float, help="on the input of the adapters, 0 to 1 (%(default)s)")
+    parser.add_argument("--epochs", type=int, help=f"of fine-tuning ({usual.tuning_epochs}, fewer with --quick)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:0; auto is a GPU where there is one (%(default)s)")
+    parser.add_argument("--out", type=Path, help="folder for the adapter and the figure (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="less training and fewer timed steps")
+    parser.set_defaults(**vars(usual))
+
+
+def _demo(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    settings = demo.Settings(**{name: value for name, value in vars(args).items() if name != "command"})
+    try:
+        demo.check(settings)
+    except (ValueError, ModuleNotFoundError, OSError) as error:
+        parser.error(str(error))
+    return demo.run(settings)
+
+
+def _bench(options: list[str], parser: argparse.ArgumentParser) -> int:
+    """Run pytest on the checkout's ``bench/`` and return its exit code."""
+    root = _checkout()
+    if root is None:
+        parser.error(
+            "the benchmarks are not in the installed package: clone the fused-lora repository, install it with "
+            "pip install -e '.[bench]' and run this command inside it"
+        )
+    missing = [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"the benchmarks need {', '.join(missing)}: pip install 'fused-lora[bench]'")
+    # Like the command pytest, and unlike python -m pytest, this keeps the checkout's root off sys.path: there its
+    # folder kernels/ would hide a package that transformers imports.
+    start = "import sys; sys.path.remove(''); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    return subprocess.call([sys.executable, "-c", start, "bench", *options], cwd=root)
+
+
+def _checkout() -> Path | None:
+    """The root of the fused-lora checkout that we are in, or that this package runs from."""
+    here = Path.cwd()
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):
+        project = folder / "pyproject.toml"
+        if (folder / "bench").is_dir() and project.is_file() and 'name = "fused-lora"' in project.read_text("utf-8"):
+            return folder
+    return None

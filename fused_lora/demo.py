@@ -1,0 +1,252 @@
+"""``fused-lora demo``: fine-tune a network with LoRALinear on real images and check what the library claims.
+
+Every number printed is computed in the run. Needs ``pip install 'fused-lora[demo]'``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import digits
+from .dropout import check_p
+from .modules import LoRALinear
+
+if TYPE_CHECKING:
+    from .demo_report import Report
+
+ADAPTER_FILE = "adapter.safetensors"
+FIGURE_FILE = "fused-lora-demo.png"
+_AUTHOR = "fused-lora demo"  # in the adapter's metadata: tells the demo's own file from a user's
+_FACTORS = ("lora_a", "lora_b")
+# (name on the package index, import name)
+_PACKAGES = (
+    ("scikit-learn", "sklearn"),
+    ("rich", "rich"),
+    ("matplotlib", "matplotlib"),
+    ("safetensors", "safetensors"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line chooses; :func:`check` them before :func:`run`."""
+
+    seed: int = 0
+    digit: int = 8
+    rank: int = 8
+    dropout: float = 0.05
+    device: str = "auto"
+    epochs: int | None = None  # of fine-tuning; None is the usual number, fewer with ``quick``
+    out: Path = Path("demo-output")
+    quick: bool = False
+
+    @property
+    def lora_alpha(self) -> float:
+        return 2.0 * self.rank
+
+    @property
+    def base_epochs(self) -> int:
+        return 3 if self.quick else 10
+
+    @property
+    def tuning_epochs(self) -> int:
+        return self.epochs or (8 if self.quick else 12)
+
+    @property
+    def timing_rounds(self) -> int:
+        return 5 if self.quick else 40
+
+    def torch_device(self) -> torch.device:
+        """The device asked for; ``auto`` is a GPU where there is one, else the CPU.
+
+        Raises:
+            ValueError: a device that torch does not know, that the demo does not run on, or that is not here.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(f"unknown device {self.device!r}: use auto, cpu, cuda or cuda:0") from None
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"the demo does not run on {self.device!r}: use auto, cpu, cuda or cuda:0")
+        gpus = torch.cuda.device_count()
+        if device.type == "cuda" and (device.index or 0) >= gpus:
+            raise ValueError(f"no {self.device!r} here, torch finds {gpus} GPUs: use auto or cpu")
+        return device
+
+
+def check(settings: Settings) -> None:
+    """Find what would stop the demo, before any work; makes the output folder.
+
+    Raises:
+        ValueError: a value out of range, an unusable device, or an output folder that holds somebody's adapter.
+        ModuleNotFoundError: a package of the ``demo`` extra is missing.
+        OSError: the output folder cannot be made.
+    """
+    if settings.rank < 1:
+        raise ValueError(f"rank must be at least 1, got {settings.rank}")
+    if settings.epochs is not None and settings.epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {settings.epochs}")
+    if not 0 <= settings.digit < digits.CLASSES:
+        raise ValueError(f"digit must be 0 to {digits.CLASSES - 1}, got {settings.digit}")
+    if not 0 <= settings.seed < 2**32:
+        raise ValueError(f"seed must be 0 to {2**32 - 1}, got {settings.seed}")
+    check_p(settings.dropout)
+    settings.torch_device()
+    missing = [name for name, module in _PACKAGES if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ModuleNotFoundError(f"the demo needs {', '.join(missing)}: pip install 'fused-lora[demo]'")
+    if settings.out.exists() and not settings.out.is_dir():
+        raise ValueError(f"out must be a folder, {settings.out} is a file: choose another with --out")
+    adapter = settings.out / ADAPTER_FILE
+    if adapter.exists() and not _is_ours(adapter):
+        raise ValueError(f"{adapter} is not this demo's and stays as it is: choose another folder with --out")
+    settings.out.mkdir(parents=True, exist_ok=True)
+
+
+def run(settings: Settings) -> int:
+    """Run the demo; 0 where every bit-identity claim holds, else 1. Call :func:`check` first."""
+    from .demo_report import Report
+
+    start = time.perf_counter()
+    report = Report()
+    device = settings.torch_device()
+    torch.manual_seed(settings.seed)
+    data = digits.load(settings.digit, settings.seed, device)
+    report.introduction(device, settings.seed, settings.digit, data)
+
+    base = digits.build_network(device)
+    epochs = settings.base_epochs
+    for _ in report.progress("training the base network", digits.train(base, data.base, epochs), epochs):
+        pass
+    base.requires_grad_(False)
+    frozen = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    base_logits = digits.logits(base, data.test)
+    history = [digits.accuracies(base, data.test)]
+
+    adapted = digits.with_lora(base, lambda linear: _fused(linear, settings))
+    epochs = settings.tuning_epochs
+    for _ in report.progress("fine-tuning with LoRA", digits.train(adapted, data.domain, epochs), epochs):
+        history.append(digits.accuracies(adapted, data.test))
+    adapter, figure = settings.out / ADAPTER_FILE, settings.out / FIGURE_FILE
+    save_adapter(adapter, adapted)
+    claims = check_claims(adapted, frozen, base_logits, data.test, adapter)
+
+    report.accuracies(settings.digit, data.test, history)
+    report.parameters(digits.lora_layers(adapted))
+    report.claims(claims)
+    report.errors(digits.errors(adapted, data.domain, settings.dropout, settings.seed))
+    report.step_times(_time_steps(report, base, data.domain, settings))
+    report.figure(figure, settings.digit, history)
+    report.line(f"\nWrote {adapter}\n  and {figure}\nTotal time {time.perf_counter() - start:.1f} s")
+    return 0 if all(claims.values()) else 1
+
+
+def _fused(linear: nn.Linear, settings: Settings) -> LoRALinear:
+    return LoRALinear.from_linear(
+        linear, r=settings.rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.dropout
+    )
+
+
+def _time_steps(report: Report, base: nn.Sequential, data: digits.Images, settings: Settings) -> list[list[float]]:
+    """Seconds per training step, round by round: (fused, plain). On new layers, so the result stays as it is."""
+    rank, alpha, dropout = settings.rank, settings.lora_alpha, settings.dropout
+    fused = digits.with_lora(base, lambda linear: _fused(linear, settings))
+    plain = digits.with_lora(
+        base, lambda linear: digits.PlainLoRALinear(linear, r=rank, lora_alpha=alpha, lora_dropout=dropout)
+    )
+    rounds = settings.timing_rounds
+    return list(report.progress("timing both LoRA layers", digits.step_times([fused, plain], data, rounds), rounds))
+
+
+def check_claims(
+    adapted: nn.Module, frozen: dict[str, Tensor], base_logits: Tensor, test: digits.Images, adapter: Path
+) -> dict[str, bool]:
+    """Each claim of bit-identity and whether it holds.
+
+    Args:
+        adapted: the fine-tuned network.
+        frozen: copies of the base network's parameters, made before fine-tuning.
+        base_logits: the base network's outputs on ``test``.
+        adapter: the file written by :func:`save_adapter`.
+    """
+    state = adapted.state_dict()
+    reloaded = load_adapter(adapter, frozen, test.labels.device)
+    return {
+        f"{len(frozen)} frozen weights and biases are as before fine-tuning": all(
+            torch.equal(state[name], tensor) for name, tensor in frozen.items()
+        ),
+        "with LoRA switched off the outputs are the base network's": _off_restores(adapted, test, base_logits),
+        "the adapter file gives a fresh network the same outputs": torch.equal(
+            digits.logits(reloaded, test), digits.logits(adapted, test)
+        ),
+    }
+
+
+@torch.no_grad()
+def _off_restores(adapted: nn.Module, test: digits.Images, base_logits: Tensor) -> bool:
+    """Whether ``enabled = False`` gives the base outputs bit for bit, training (dropout) or not."""
+    layers = digits.lora_layers(adapted).values()
+    for layer in layers:
+        layer.enabled = False
+    restored = all(torch.equal(adapted.train(mode)(test.images), base_logits) for mode in (True, False))
+    for layer in layers:
+        layer.enabled = True
+    return restored
+
+
+def save_adapter(path: Path, network: nn.Module) -> None:
+    """Write ``<layer>.lora_a`` and ``<layer>.lora_b`` of every LoRALinear, with rank, alpha and targets as metadata."""
+    from safetensors.torch import save_file
+
+    layers = digits.lora_layers(network)
+    tensors = {
+        f"{name}.{factor}": getattr(layer, factor).detach() for name, layer in layers.items() for factor in _FACTORS
+    }
+    first = next(iter(layers.values()))
+    metadata = {
+        "made_by": _AUTHOR,
+        "format": "pt",
+        "rank": str(first.r),
+        "lora_alpha": str(first.lora_alpha),
+        "targets": ",".join(layers),
+    }
+    save_file(tensors, path, metadata)
+
+
+def load_adapter(path: Path, frozen: dict[str, Tensor], device: torch.device) -> nn.Sequential:
+    """A new network over the base weights ``frozen``, with the adapter of :func:`save_adapter`.
+
+    Raises:
+        RuntimeError: the file's tensors do not fit the network.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    fresh = digits.build_network(device)
+    fresh.load_state_dict(frozen)
+    rank, alpha = int(metadata["rank"]), float(metadata["lora_alpha"])
+    network = digits.with_lora(fresh, lambda linear: LoRALinear.from_linear(linear, r=rank, lora_alpha=alpha))
+    network.load_state_dict({**frozen, **tensors})
+    return network
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether an existing adapter file was written by the demo."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("made_by") == _AUTHOR
+    except (OSError, SafetensorError):
+        return False
