@@ -1,0 +1,122 @@
+"""What a patched PEFT layer does with one call: the fused operator, where ``peft_parts.py`` finds no reason against it.
+
+    y = x Wᵀ + bias + Σ scale · (drop(x) Aᵀ Bᵀ + lora_bias)        the sum runs over the active adapters
+
+x (..., K)   weight W (N, K), or (K, N) in a transformers Conv1D   lora_A (R, K)   lora_B (N, R)   y (..., N)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .dropout import draw_seed
+from .ops.linear import FusedLoRALinear
+from .peft_dora import Norms, dora_forward
+from .peft_parts import LOW_PRECISION, Branch, route, route_mixed
+
+
+def fused_forward(layer: Any, x: Tensor) -> Tensor | None:
+    """y, or None where PEFT's forward must run."""
+    chosen = route(layer, x)
+    if isinstance(chosen, str):
+        return None
+    parts, dtype = chosen
+    weight = parts.weight.t() if parts.transposed else parts.weight
+    branch = parts.branches[0]
+    if layer.__dict__.get("_fused_lora_dropout") == "torch" and any(branch.p for branch in parts.branches):
+        return _torch_dropout_forward(layer, x, parts.branches)
+    if branch.magnitude is not None:
+        return dora_forward(x, weight, parts.bias, branch, dtype, _norms(layer, branch.name))
+    if len(parts.branches) > 1:
+        branch = _stacked(parts.branches, dtype)
+    return _linear(x, weight, parts.bias, branch, dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Branch, dtype: torch.dtype) -> Tensor:
+    scale, scale_tensor = (1.0, branch.scale) if isinstance(branch.scale, Tensor) else (branch.scale, None)
+    seed = draw_seed(x.device) if branch.p else None
+    # Not through lora_linear: its checks are the ones that have just been made.
+    return FusedLoRALinear.apply(
+        x, weight, bias, branch.a, branch.b, branch.bias, scale, scale_tensor, seed, branch.p, dtype, None
+    )
+
+
+def _stacked(branches: list[Branch], dtype: torch.dtype) -> Branch:
+    """Several adapters as one: the factors side by side along the rank, the scales inside lora_B where they differ.
+
+    In bfloat16 and float16 a scale inside lora_B would be rounded, so those factors become float32 first.
+    """
+    scales = [branch.scale for branch in branches]
+    shared = all(not isinstance(scale, Tensor) and scale == scales[0] for scale in scales)
+    wide = branches[0].a.dtype if shared or dtype not in LOW_PRECISION else torch.float32
+    a = torch.cat([branch.a.to(wide) for branch in branches])
+    b = torch.cat([branch.b.to(wide) if shared else branch.b.to(wide) * branch.scale for branch in branches], dim=1)
+    biases = [
+        branch.bias.to(wide) if shared else branch.bias.to(wide) * branch.scale
+        for branch in branches
+        if branch.bias is not None
+    ]
+    bias = sum(biases[1:], biases[0]) if biases else None
+    return branches[0]._replace(a=a, b=b, bias=bias, scale=scales[0] if shared else 1.0)
+
+
+def _torch_dropout_forward(layer: Any, x: Tensor, branches: list[Branch]) -> Tensor | None:
+    """PEFT's own arithmetic with nn.Dropout's own bits; the branches are checkpointed: only x is kept of them.
+
+    The backward restores the random state they were run with and draws the same masks again.
+    """
+    if not torch.is_grad_enabled():
+        return None
+    result = base = layer._modules["base_layer"](x)
+    casting = layer.cast_input_dtype_enabled
+    for delta in checkpoint(_plain_branches, x, branches, casting, use_reentrant=False):
+        result = result + delta
+    return result.to(base.dtype)
+
+
+def _plain_branches(x: Tensor, branches: list[Branch], casting: bool) -> list[Tensor]:
+    x = x.to(branches[0].a.dtype) if casting else x
+    return [F.linear(F.linear(f.dropout(x), f.a), f.b, f.bias) * f.scale for f in branches]
+
+
+def _norms(layer: Any, name: str) -> Norms:
+    """The layer's store of DoRA column norms for one adapter."""
+    store = layer.__dict__.setdefault("_fused_lora_norms", {})
+    if name not in store:
+        store[name] = Norms()
+    return store[name]
+
+
+def mixed_forward(layer: Any, x: Tensor, names: list[str]) -> Tensor | None:
+    """y of a batch in which sample i uses adapter names[i] ("__base__": none), or None where PEFT's forward must run.
+
+    Samples are brought together by adapter once, so that every delta is added in place to a slice of one base product.
+    """
+    parts = route_mixed(layer, x, names)
+    if isinstance(parts, str):
+        return None
+    place = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    order = sorted(range(len(names)), key=lambda i: place[names[i]])
+    index = None if order == list(range(len(names))) else torch.tensor(order, device=x.device)
+    x = x if index is None else x.index_select(0, index)
+    y = layer._modules["base_layer"](x)
+    branches = {branch.name: branch for branch in parts.branches}
+    start = 0
+    for name in place:
+        stop = start + names.count(name)
+        if name in branches:
+            _add_delta(y[start:stop], x[start:stop], branches[name])
+        start = stop
+    return y if index is None else torch.empty_like(y).index_copy_(0, index, y)
+
+
+def _add_delta(y: Tensor, x: Tensor, branch: Branch) -> None:
+    """y += scale · (x Aᵀ Bᵀ + lora_bias), the sum in the adapter's dtype and rounded once."""
+    s = F.linear(x.to(branch.a.dtype), branch.a) * branch.scale
+    bias = None if branch.bias is None else branch.bias * branch.scale
+    y += F.linear(s, branch.b, bias)

@@ -1,0 +1,298 @@
+"""The parts of a PEFT LoRA layer that a fused call needs, or the reason why PEFT's own forward must run.
+
+x (..., K)   weight W (N, K), or (K, N) in a transformers Conv1D   lora_A (R, K)   lora_B (N, R)
+
+Every condition is looked at anew in each call, because PEFT lets all of them change between calls. Reasons are
+constants, so that a traced forward handles no strings. PEFT is not imported here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+# At rest: PEFT would run the base layer alone, so there is nothing to fuse.
+DISABLED = "its adapters are disabled, so the base layer runs alone (enable_adapter_layers() switches them on)"
+MERGED = "its adapters are merged, so the base layer runs alone (unmerge_adapter() takes them out)"
+ABSENT = "none of the active adapters is on this layer, so the base layer runs alone (see set_adapter())"
+AT_REST = frozenset((DISABLED, MERGED, ABSENT))
+
+# Reasons for PEFT's forward.
+BASE = (
+    "its base layer is neither exactly nn.Linear nor transformers' Conv1D: quantised, parametrised and custom layers "
+    "keep PEFT's forward"
+)
+HOOKS = (
+    "its base layer, lora_A, lora_B or dropout carries hooks or a forward of its own (accelerate, DeepSpeed, tensor "
+    "parallelism, activation capture): they act only in PEFT's forward"
+)
+FACTORS = "its lora_A, lora_B or dropout is not PEFT's plain nn.Linear or nn.Dropout"
+VARIANT = "its adapter is a LoRA variant other than DoRA (use_dora alone is fused)"
+DORA_PLACE = "its DoRA magnitude is not a plain parameter beside the weights (offloaded, sharded or hooked)"
+TENSORS = (
+    "a weight is not a plain 2-D tensor of the layer's size (sharded DTensor, quantised, sparse, meta or gathered on "
+    "demand); with FSDP wrap whole blocks, not the factors"
+)
+TRAINABLE = (
+    "its base weight is trainable, and the fused backward has no gradient for it: call "
+    "base_layer.weight.requires_grad_(False)"
+)
+SCALE = "its scaling is not a finite number or a one-element floating tensor without gradient"
+DTYPES = (
+    "the dtypes do not go together: x must have the base weight's dtype or run under autocast, and the adapter the "
+    "dtype of the computation, or float32 over bfloat16 and float16 (bias dtypes follow their weights)"
+)
+SEVERAL_DTYPES = "several active adapters have different dtypes, which PEFT casts one after the other"
+SEVERAL_DROPOUT = (
+    "several active adapters are trained with dropout, each with its own mask; dropout='torch' saves memory here"
+)
+SEVERAL_DORA = "several adapters are active and one of them is DoRA"
+MIXED = "adapter_names is fused only without gradients, dropout and variants, for a list that fits the batch"
+INPUT = "x is not a plain dense tensor of the layer's width on the weights' device"
+TRANSFORM = "a functorch transform, forward-mode AD, a dispatch mode or a tracer is active"
+DORA_TORCH = "dropout='torch' is asked for, and DoRA runs its base layer on the dropped x"
+DORA_VECTOR = "DoRA gives a one-dimensional x a leading dimension in PEFT"
+DORA_COMPILE = "DoRA is fused in eager mode only"
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+_DROPOUTS = (nn.Identity, nn.Dropout)
+
+
+class Branch(NamedTuple):
+    """One active adapter of a layer."""
+
+    name: str
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    scale: float | Tensor
+    dropout: nn.Module
+    p: float  # what the dropout does now: 0 in evaluation
+    magnitude: Tensor | None  # of DoRA
+
+
+class Parts(NamedTuple):
+    """What a fused call of a layer needs."""
+
+    weight: Tensor  # as the base layer stores it
+    transposed: bool  # Conv1D: (K, N)
+    bias: Tensor | None
+    branches: list[Branch]
+
+
+def _foreign(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _global_hooks() -> bool:
+    return bool(
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
+
+
+def _is_conv1d(kind: type) -> bool:
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _plain(t: Any) -> TypeGuard[Tensor]:
+    return type(t) is nn.Parameter or type(t) is Tensor
+
+
+def parts_of(layer: Any, names: Any = None) -> Parts | str:
+    """The layer's parts as they are now, or the reason why no x could be fused.
+
+    ``names``: adapters to take instead of the active ones.
+    """
+    if layer._disable_adapters:
+        return DISABLED
+    if layer.merged_adapters:
+        return MERGED
+    present = layer._modules["lora_A"]._modules
+    names = [name for name in names or layer.active_adapters if name in present]
+    if not names:
+        return ABSENT
+    base = layer._modules["base_layer"]
+    transposed = _is_conv1d(type(base))
+    if not (type(base) is nn.Linear or transposed):
+        return BASE
+    if _foreign(base) or _global_hooks():
+        return HOOKS
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if not _plain(weight) or not (bias is None or _plain(bias)) or weight.dim() != 2:
+        return TENSORS
+    if weight.requires_grad and torch.is_grad_enabled():
+        return TRAINABLE
+    N, K = weight.shape[::-1] if transposed else weight.shape
+    if bias is not None and (bias.shape[0] != N or bias.dtype != weight.dtype or bias.device != weight.device):
+        return DTYPES
+    branches = []
+    for name in names:
+        branch = _branch(layer, name, weight, N, K)
+        if isinstance(branch, str):
+            return branch
+        branches.append(branch)
+    return Parts(weight, transposed, bias, branches)
+
+
+def _branch(layer: Any, name: str, weight: Tensor, N: int, K: int) -> Branch | str:
+    modules = layer._modules
+    lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear or type(dropout) not in _DROPOUTS:
+        return FACTORS
+    if _foreign(lora_a) or _foreign(lora_b) or _foreign(dropout):
+        return HOOKS
+    a, b, bias = lora_a._parameters.get("weight"), lora_b._parameters.get("weight"), lora_b._parameters.get("bias")
+    if (
+        not _plain(a)
+        or not _plain(b)
+        or not (bias is None or _plain(bias))
+        or lora_a._parameters.get("bias") is not None
+    ):
+        return TENSORS
+    R = a.shape[0]
+    if a.shape != (R, K) or b.shape != (N, R) or R == 0 or a.device != weight.device or b.device != weight.device:
+        return TENSORS
+    if a.dtype != b.dtype or (bias is not None and (bias.dtype != b.dtype or bias.shape[0] != N)):
+        return DTYPES
+    scale = layer.scaling[name]
+    if not _usable_scale(scale):
+        return SCALE
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    magnitude = None
+    if layer.lora_variant and name in layer.lora_variant:
+        if type(layer.lora_variant[name]).__name__ != "DoraLinearVariant":
+            return VARIANT
+        magnitude = _magnitude(layer, name, weight, N)
+        if magnitude is None or bias is not None:
+            return DORA_PLACE
+        p = p if layer.training else 0.0  # PEFT's DoRA asks the layer as well as the dropout
+    return Branch(name, a, b, bias, scale, dropout, p, magnitude)
+
+
+def _usable_scale(scale: Any) -> bool:
+    if isinstance(scale, (float, int)):
+        return math.isfinite(scale)
+    return _plain(scale) and scale.numel() == 1 and scale.dtype.is_floating_point and not scale.requires_grad
+
+
+def _magnitude(layer: Any, name: str, weight: Tensor, N: int) -> Tensor | None:
+    holder = layer._modules["lora_magnitude_vector"]._modules[name]
+    magnitude = holder._parameters.get("weight")
+    if type(holder).__name__ != "DoraLinearLayer" or _foreign(holder) or not _plain(magnitude):
+        return None
+    if layer.fan_in_fan_out != _is_conv1d(type(layer._modules["base_layer"])):
+        return None
+    return magnitude if magnitude.shape == (N,) and magnitude.device == weight.device else None
+
+
+def discord(layer: Any, branches: list[Branch]) -> str | None:
+    """Why the branches cannot be fused with each other and with the chosen dropout; None where they can."""
+    torch_dropout = layer.__dict__.get("_fused_lora_dropout") == "torch"
+    dora = any(branch.magnitude is not None for branch in branches)
+    if len(branches) > 1:
+        if dora:
+            return SEVERAL_DORA
+        if any(branch.a.dtype != branches[0].a.dtype for branch in branches):
+            return SEVERAL_DTYPES
+        if not torch_dropout and any(branch.p for branch in branches):
+            return SEVERAL_DROPOUT
+    elif dora:
+        if torch_dropout and branches[0].p:
+            return DORA_TORCH
+        if torch.compiler.is_compiling():
+            return DORA_COMPILE
+    return None
+
+
+def compute_dtype(
+    x_dtype: torch.dtype, weight_dtype: torch.dtype, adapter_dtype: torch.dtype, device_type: str, casting: bool
+) -> torch.dtype | None:
+    """The dtype the base layer computes in, or None where PEFT's own dtype rules (or its error) must decide."""
+    if x_dtype not in _FLOATS or weight_dtype not in _FLOATS:
+        return None
+    dtype = x_dtype
+    if torch.is_autocast_enabled(device_type) and x_dtype != torch.float64 and weight_dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        if dtype not in _FLOATS:
+            return None
+    elif x_dtype != weight_dtype or not (casting or x_dtype == adapter_dtype):
+        return None
+    if adapter_dtype == dtype or (adapter_dtype == torch.float32 and dtype in LOW_PRECISION):
+        return dtype
+    return None
+
+
+def _traced_elsewhere() -> bool:
+    """Whether something watches the call that must see PEFT's own operations."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _input_refusal(x: Any, parts: Parts) -> str | None:
+    if not _plain(x) or x.layout is not torch.strided or x.is_nested or x.dim() == 0:
+        return INPUT
+    weight = parts.weight
+    if (
+        x.device != weight.device
+        or x.device.type == "meta"
+        or x.shape[-1] != weight.shape[0 if parts.transposed else 1]
+    ):
+        return INPUT
+    if weight.layout is not torch.strided:
+        return TENSORS
+    if x.dim() == 1 and parts.branches[0].magnitude is not None:
+        return DORA_VECTOR
+    return TRANSFORM if _traced_elsewhere() else None
+
+
+def route(layer: Any, x: Any) -> tuple[Parts, torch.dtype] | str:
+    """The parts and the compute dtype of a fused ``layer(x)``, or the reason for PEFT's forward. Changes nothing."""
+    parts = parts_of(layer)
+    if isinstance(parts, str):
+        return parts
+    refusal = discord(layer, parts.branches) or _input_refusal(x, parts)
+    if refusal is not None:
+        return refusal
+    adapter_dtype = parts.branches[0].a.dtype
+    dtype = compute_dtype(x.dtype, parts.weight.dtype, adapter_dtype, x.device.type, layer.cast_input_dtype_enabled)
+    return DTYPES if dtype is None else (parts, dtype)
+
+
+def route_mixed(layer: Any, x: Any, names: Any) -> Parts | str:
+    """The parts (one branch per adapter in ``names``) of a mixed batch, or the reason for PEFT's forward."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(names, (list, tuple)):
+        return MIXED
+    parts = parts_of(layer, dict.fromkeys(names))
+    if isinstance(parts, str):
+        return parts
+    refusal = _input_refusal(x, parts)
+    if refusal is not None or x.dim() < 2 or x.shape[0] != len(names):
+        return refusal or MIXED
+    for branch in parts.branches:
+        if branch.p or branch.magnitude is not None:
+            return MIXED
+        if compute_dtype(x.dtype, parts.weight.dtype, branch.a.dtype, x.device.type, True) is None:
+            return DTYPES
+    return parts

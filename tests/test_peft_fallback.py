@@ -1,0 +1,349 @@
+"""Where a patched layer takes PEFT's own forward: the result is PEFT's bit for bit, and the report says why.
+
+Also the libraries that act through hooks and classes: accelerate and FSDP2.
+"""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners import lora
+from peft_models import K, N, layers, patched_copy, peft_model, randomize, run
+from torch import nn
+
+from fused_lora import patch_peft, peft_parts, peft_status, unpatch_peft
+
+DY = torch.randn(7, 3 * N, generator=torch.Generator().manual_seed(1))
+X = torch.randn(7, K, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def reasons(model):
+    return {status.reason for status in peft_status(model).layers}
+
+
+class Eager:
+    """Counts the calls of PEFT's own forward among the layers of a model."""
+
+    def __init__(self, monkeypatch):
+        self.calls = 0
+        forward = lora.Linear.forward
+
+        def counted(layer, *args, **kwargs):
+            self.calls += 1
+            return forward(layer, *args, **kwargs)
+
+        monkeypatch.setattr(lora.Linear, "forward", counted)
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    return Eager(monkeypatch)
+
+
+# What is done to a model before and after it is patched (the same function, on both copies), and the expected reason.
+def disable(model):
+    model.base_model.disable_adapter_layers()
+
+
+def merge(model):
+    model.merge_adapter()
+
+
+def merge_then_disable(model):
+    """PEFT unmerges inside forward."""
+    model.merge_adapter()
+    model.base_model.disable_adapter_layers()
+
+
+def absent(model):
+    model.add_adapter("elsewhere", LoraConfig(target_modules=["v"], r=2))
+    for layer in layers(model)[:2]:
+        layer.set_adapter("elsewhere")
+    layers(model)[2].set_adapter("default")
+
+
+def trainable_base(model):
+    for layer in layers(model):
+        layer.base_layer.weight.requires_grad_()
+
+
+def hook_on(name, register):
+    def edit(model):
+        for layer in layers(model):
+            module = layer.get_submodule(name)
+            if register == "forward":
+                module.register_forward_hook(lambda module, args, output: output * 1.5)
+            elif register == "pre":
+                module.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+            elif register == "backward":
+                module.register_full_backward_hook(lambda module, grads, _: tuple(2 * g for g in grads))
+            else:  # as accelerate does it
+                module.forward = lambda *args, forward=module.forward: forward(*args) + 1.0
+
+    edit.__name__ = f"{register}-{name}"
+    return edit
+
+
+def subclassed_base(model):
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for layer in layers(model):
+        layer.base_layer.__class__ = Doubling
+
+
+def parametrized_base(model):
+    class Halved(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    for layer in layers(model):
+        nn.utils.parametrize.register_parametrization(layer.base_layer, "weight", Halved())
+
+
+def weight_norm_base(model):
+    for layer in layers(model):
+        nn.utils.parametrizations.weight_norm(layer.base_layer)
+        for parameter in layer.base_layer.parameters():
+            parameter.requires_grad_(False)
+
+
+def other_dropout(model):
+    for layer in layers(model):
+        layer.lora_dropout["default"] = nn.Hardtanh(-0.5, 0.5)
+
+
+def nan_scaling(model):
+    for layer in layers(model):
+        layer.scaling["default"] = float("inf")
+
+
+def half_adapter(model):
+    for layer in layers(model):
+        layer.lora_A.to(torch.bfloat16), layer.lora_B.to(torch.bfloat16)
+
+
+def several_dtypes(model):
+    model.add_adapter("other", LoraConfig(target_modules=["q", "k", "v"], r=2))
+    randomize(model)
+    for layer in layers(model):
+        layer.lora_A["other"].to(torch.bfloat16), layer.lora_B["other"].to(torch.bfloat16)
+    model.base_model.set_adapter(["other", "default"])
+
+
+def several_dora(model):
+    model.add_adapter("other", LoraConfig(target_modules=["q", "k", "v"], r=2, use_dora=True))
+    model.base_model.set_adapter(["default", "other"])
+
+
+def unsafe_variant(model):
+    model.add_adapter("other", LoraConfig(target_modules=["q", "k", "v"], r=2, init_lora_weights="mica"))
+    model.set_adapter("other")
+
+
+FALLBACKS = [
+    (disable, peft_parts.DISABLED),
+    (merge, peft_parts.MERGED),
+    (merge_then_disable, peft_parts.DISABLED),
+    (absent, peft_parts.ABSENT),
+    (trainable_base, peft_parts.TRAINABLE),
+    *((hook_on("base_layer", kind), peft_parts.HOOKS) for kind in ("forward", "pre", "backward", "instance")),
+    *((hook_on("lora_A.default", kind), peft_parts.HOOKS) for kind in ("forward", "pre", "instance")),
+    (hook_on("lora_B.default", "forward"), peft_parts.HOOKS),
+    (hook_on("lora_dropout.default", "forward"), peft_parts.HOOKS),
+    (subclassed_base, peft_parts.BASE),
+    (parametrized_base, peft_parts.BASE),
+    (weight_norm_base, peft_parts.BASE),
+    (other_dropout, peft_parts.FACTORS),
+    (nan_scaling, peft_parts.SCALE),
+    (half_adapter, peft_parts.DTYPES),
+    (several_dtypes, peft_parts.SEVERAL_DTYPES),
+    (several_dora, peft_parts.SEVERAL_DORA),
+    (unsafe_variant, peft_parts.VARIANT),
+]
+
+
+def same(a, b):
+    return torch.equal(a.nan_to_num(7.0, 8.0, 9.0), b.nan_to_num(7.0, 8.0, 9.0))
+
+
+@pytest.mark.parametrize(("edit", "reason"), FALLBACKS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize("order", ["edit-then-patch", "patch-then-edit"])
+def test_falls_back_to_peft_exactly(edit, reason, order, eager):
+    model = peft_model()
+    plain, ours = copy.deepcopy(model), copy.deepcopy(model)
+    if order == "patch-then-edit":
+        patch_peft(ours)
+        assert peft_status(ours).fused == 3
+    for m in (plain, ours):
+        torch.manual_seed(5)
+        edit(m)
+    patch_peft(ours)
+    assert reason in reasons(ours)
+    assert str(peft_status(ours)).count(reason) == 1
+    expected = run(plain, X, DY)
+    before = eager.calls
+    result = run(ours, X, DY)
+    assert eager.calls - before == sum(status.state != "fused" for status in peft_status(ours).layers) > 0
+    assert result.results.keys() == expected.results.keys()
+    if edit is not absent:  # there one layer stays fused
+        assert all(same(t, expected.results[name]) for name, t in result.results.items())
+
+
+@pytest.mark.parametrize(
+    ("x", "error"),
+    [
+        (torch.randn(7, K + 1), RuntimeError),
+        (torch.zeros(7, K, dtype=torch.int64), RuntimeError),
+        (torch.randn(7, K, dtype=torch.float64), RuntimeError),
+        (torch.randn(7, K, dtype=torch.bfloat16), RuntimeError),
+        (torch.randn(()), RuntimeError),
+        ([1.0, 2.0], TypeError),
+        (None, TypeError),
+    ],
+    ids=["width", "int", "float64", "bf16", "scalar", "list", "none"],
+)
+def test_bad_input_raises_what_peft_raises(x, error):
+    model = peft_model()
+    ours, _ = patched_copy(model)
+    messages = []
+    for m in (model, ours):
+        with pytest.raises(error) as raised:
+            m(x)
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
+def test_a_vector_through_dora_keeps_peft_s_shape():
+    model = peft_model(use_dora=True)
+    ours, _ = patched_copy(model)
+    assert torch.equal(ours(X[0]), model(X[0]))
+
+
+def test_input_casting_off():
+    """disable_input_dtype_casting: PEFT's error on mixed dtypes, fused where nothing has to be cast."""
+    ours, _ = patched_copy(peft_model(dtype=torch.bfloat16))
+    with disable_input_dtype_casting(ours):
+        assert reasons(ours) == {peft_parts.DTYPES}
+        with pytest.raises(RuntimeError):
+            ours(X.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert peft_status(ours).fused == 3
+            ours(X.bfloat16())
+    assert peft_status(ours).fused == 3
+    ours, _ = patched_copy(peft_model())
+    with disable_input_dtype_casting(ours):
+        assert peft_status(ours).fused == 3
+
+
+def test_functorch_forward_mode_and_dispatch_modes(eager):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = peft_model()
+    ours, _ = patched_copy(model)
+    tangent = torch.randn_like(X)
+    for transform in (
+        lambda m: torch.func.grad(lambda x: m(x).square().sum())(X),
+        lambda m: torch.func.vmap(m)(X),
+        lambda m: torch.func.jvp(m, (X,), (tangent,))[1],
+        lambda m: torch.func.functional_call(m, dict(m.named_parameters()), (X,)),
+    ):
+        before = eager.calls
+        expected = transform(model)
+        used = eager.calls - before
+        result = transform(ours)
+        if eager.calls - before - used:
+            assert torch.equal(result, expected)
+        else:
+            torch.testing.assert_close(result, expected)
+    flops = []
+    for m in (model, ours):
+        with FlopCounterMode(display=False) as counter:
+            m(X).sum().backward()
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1]
+    traced = torch.jit.trace(ours, X, check_trace=False)
+    torch.testing.assert_close(traced(X), model(X))
+
+
+def test_export():
+    ours, _ = patched_copy(peft_model(train=False))
+    program = torch.export.export(ours, (X,))
+    torch.testing.assert_close(program.module()(X), ours(X))
+
+
+def test_accelerate_hooks():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    def hook_all(model):
+        for layer in layers(model):
+            add_hook_to_module(layer, ModelHook())
+
+    hidden, after = peft_model(), peft_model()
+    hook_all(hidden)
+    assert "hides the patch" in str(patch_peft(hidden))
+    patch_peft(after)
+    hook_all(after)
+    assert peft_status(after).fused == 3
+    torch.testing.assert_close(after(X), hidden(X))
+
+
+def test_global_hooks(eager):
+    ours, _ = patched_copy(peft_model())
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        assert reasons(ours) == {peft_parts.HOOKS}
+        ours(X)
+    finally:
+        handle.remove()
+    assert eager.calls == 3
+    assert layers(ours)[0].lora_A["default"] in seen
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not built")
+@pytest.mark.parametrize("unit", ["block", "layer-before", "layer-after", "factor"])
+def test_fsdp2(unit, process_group, eager):
+    from torch.distributed.fsdp import fully_shard
+
+    model = peft_model()
+    expected = run(model, X, DY)
+    eager.calls = 0
+    if unit != "layer-before":
+        patch_peft(model)
+    for layer in layers(model):
+        if unit.startswith("layer"):
+            fully_shard(layer, mesh=process_group)
+        elif unit == "factor":
+            fully_shard(layer.lora_A["default"], mesh=process_group)
+    if unit == "block":
+        fully_shard(model.base_model.model, mesh=process_group)
+    if unit == "layer-before":
+        assert "patch_peft before fully_shard" in str(patch_peft(model))
+    if unit == "layer-after":
+        with pytest.raises(ValueError, match="unpatch before sharding"):
+            unpatch_peft(model)
+    y = model(X)
+    torch.testing.assert_close(y, expected.results["y"])
+    y.backward(DY)
+    for layer, name in zip(layers(model), "qkv", strict=True):
+        grad = layer.lora_A["default"].weight.grad
+        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        torch.testing.assert_close(grad, expected.results[f"dbase_model.model.{name}.lora_A.default.weight"])
+    assert eager.calls == (0 if unit in ("block", "layer-after") else 3)
