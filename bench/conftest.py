@@ -1,0 +1,61 @@
+"""``pytest bench/``: the options of the grid, which files hold benchmarks, what the JSON says beside the times."""
+
+from __future__ import annotations
+
+import pytest
+from measure import environment
+from providers import available
+from shapes import add_grid_options, cases, device_of
+
+_LEFT_OUT = pytest.StashKey[dict[str, str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("grid", "fused-lora benchmarks")
+    add_grid_options(group.addoption)
+    group.addoption(
+        "--budget", type=float, help="seconds to spend on one provider of one case (default: 1, quick: 0.05)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("python_files", "bench_*.py")
+    config.option.benchmark_disable_gc = True  # a collection in the middle of a pass would be timed
+    config.stash[_LEFT_OUT] = {}
+    try:
+        cases(config.option)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if not {"case", "provider"} <= set(metafunc.fixturenames):
+        return
+    config = metafunc.config
+    device = device_of(config.option)
+    parameters = [
+        pytest.param(case, provider, id=f"{provider.name}-{case.id}")
+        for case in cases(config.option)
+        for provider in available(case, device, config.stash[_LEFT_OUT])
+    ]
+    metafunc.parametrize(("case", "provider"), parameters)
+
+
+@pytest.fixture
+def budget(pytestconfig: pytest.Config) -> float:
+    """Seconds to spend on one provider of one case."""
+    return pytestconfig.option.budget or (0.05 if pytestconfig.option.quick else 1.0)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    machine_info.pop("node", None)  # the machine's own name is nobody's business
+    machine_info.update(environment(device_of(config.option)))
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
+    output_json["left_out"] = config.stash[_LEFT_OUT]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for name, reason in config.stash[_LEFT_OUT].items():
+        terminalreporter.write_line(f"left out: {name}: {reason}")

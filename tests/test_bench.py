@@ -1,0 +1,150 @@
+"""The benchmarks run on their quick grid and write what the report reads; the report names where a figure is from."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+# pytest in a process where peft cannot be found; without "python -m", which would put this folder on the path.
+_PYTEST_WITHOUT_PEFT = (
+    "import sys; sys.path.pop(0); sys.modules['peft'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Import a module of ``bench/`` by name; the modules leave with the test."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(BENCH)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny products: a pool of threads on a busy machine only waits for itself
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCH:
+            del sys.modules[name]
+
+
+def test_pytest_benchmark_quick(tmp_path, bench):
+    out = tmp_path / "out.json"
+    command = [
+        sys.executable,
+        "-c",
+        _PYTEST_WITHOUT_PEFT,
+        BENCH,
+        "--quick",
+        "--dtype=bf16-fp32",
+        f"--benchmark-json={out}",
+    ]
+    environment = {
+        # Under pytest-xdist's variables pytest-benchmark would not measure.
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")},
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "0",
+        "PYTEST_ADDOPTS": "-p no:cacheprovider",
+    }
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "left out: peft: not installed" in done.stdout
+
+    content = json.loads(out.read_text())
+    assert "not installed" in content["left_out"]["peft"]
+    assert "node" not in content["machine_info"]
+    groups: dict[str, set[str]] = {}
+    for benchmark in content["benchmarks"]:
+        info = benchmark["extra_info"]
+        groups.setdefault(benchmark["group"], set()).add(info["provider"])
+        assert {"shape", "dtype", "adapter_dtype", "torch", "device", "device_name", "p", "rank", "mode"} <= info.keys()
+    assert len(groups) == 4  # two modes, p in {0, 0.1}
+    assert all({"frozen", "ours", "plain", "addmm"} <= providers for providers in groups.values())
+
+    report = bench("report")
+    report.main([str(out), "--output", str(tmp_path / "report")])
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "left out: peft: not installed" in text
+    assert "Not measured on a GPU" in text
+
+
+def test_paired_quick_and_report(tmp_path, bench):
+    out = tmp_path / "paired.json"
+    bench("paired").main(["--quick", "--device=cpu", "--dtype=bf16-fp32", f"--output={out}"])
+    content = json.loads(out.read_text())
+    assert {"torch", "peft", "python", "cpu", "cores", "threads", "commit", "dirty", "date"} <= content.keys()
+    assert len(content["cells"]) == 4
+    for cell in content["cells"]:
+        assert cell["self"]["q1"] <= cell["self"]["median"] <= cell["self"]["q3"]
+        assert cell["seconds"]["ours"]["rounds"] >= 1
+        # Kept beyond x and the parameters: s in float32, and the seed where there is dropout.
+        s_bytes = cell["M"] * cell["rank"] * 4
+        assert cell["kept_bytes"]["ours"] <= s_bytes + 64 < cell["kept_bytes"]["plain"]
+        if importlib.util.find_spec("peft"):
+            assert cell["vs_peft"]["ours"]["median"] > 0
+            assert cell["tax"]["peft"]["median"] > 0
+
+    report = bench("report")
+    report.main([str(out), "--output", str(tmp_path / "report")])
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "Not measured on a GPU" in text
+    assert all(line.endswith("paired.json") for line in text.splitlines() if line.startswith("###"))
+    assert (tmp_path / "report" / "paired.png").stat().st_size > 0
+
+
+def test_ratios_are_of_the_same_rounds(bench):
+    paired = bench("paired")
+    # The machine is twice as slow in the second round: the ratio within each round does not see it.
+    times = {"ours": [1.0, 2.0, 1.0], "peft": [2.0, 4.0]}
+    assert paired.ratios(times, "ours", "peft") == {"median": 0.5, "q1": 0.5, "q3": 0.5, "rounds": 2}
+
+
+def test_kept_bytes_counts_a_storage_once(bench):
+    measure = bench("measure")
+
+    class Twice(torch.nn.Module):
+        def forward(self, x):
+            h = x * 2.0
+            return h * h.t()
+
+    x = torch.randn(8, 8, requires_grad=True)
+    assert measure.kept_bytes(Twice(), x) == 8 * 8 * 4
+
+
+def test_a_layer_that_computes_something_else_is_not_timed(bench):
+    providers = bench("providers")
+    wrong = providers.Provider("wrong", "drops the branch", lambda inputs, p: providers.frozen(inputs.weight))
+    providers.PROVIDERS["wrong"] = wrong
+    with pytest.raises(RuntimeError, match=r"wrong .* is not timed: y is off"):
+        providers.check("wrong", "fp32", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("option", ["--shapes=llama-9", "--dtype=int8", "--mode=backward"])
+def test_unknown_grid_is_refused(bench, option):
+    with pytest.raises(ValueError, match="it takes a comma list of"):
+        bench("paired").main([option, "--device=cpu"])
+
+
+def test_report_refuses_other_json(tmp_path, bench):
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"other\.json was written neither by"):
+        bench("report").load(path)
+
+
+def test_layers_of_a_model_are_summed(bench):
+    report = bench("report")
+    case = {"set": "m", "mode": "forward", "M": 8, "regime": "fp32", "p": 0.0, "rank": 8, "K": 4, "N": 4}
+    cells = [
+        report.Cell({**case, "linear": "q,o", "count": 2}, seconds={"frozen": 1.0, "ours": 1.1}),
+        report.Cell({**case, "linear": "down", "count": 1}, seconds={"frozen": 2.0, "ours": 2.2}),
+    ]
+    text = "\n".join(report.layer_tables(report.File("f.json", "", {}, {}, cells)))
+    assert "| down, q,o | 4000.000 | 1.100 |" in text
