@@ -5,18 +5,11 @@ y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ
 
 from .config import LoRAConfig
 from .convolution import LoRAConv1d, LoRAConv2d, LoRAConv3d
-from .inject import (
-    apply_lora,
-    count_parameters,
-    lora_layers,
-    lora_parameters,
-    lora_report,
-    merge_lora,
-    remove_lora,
-)
+from .inject import apply_lora, merge_lora, remove_lora
 from .modules import LoRAEmbedding, LoRALinear
 from .ops.linear import FusedLoRALinear, explain, lora_linear
 from .peft_patch import PatchReport, patch_peft, peft_status, unpatch_peft
+from .report import count_parameters, lora_layers, lora_parameters, lora_report
 
 __version__ = "0.1.0"
 

@@ -1,20 +1,21 @@
-"""LoRA into any model, in place: apply, report, remove, merge. One walk over the module tree, no code per model."""
+"""LoRA into any model, in place: apply, remove, merge. One walk over the module tree, no code per model."""
 
 from __future__ import annotations
 
 import difflib
+import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from .config import ALL_LINEAR, LoRAConfig
 from .convolution import LoRAConv, LoRAConv1d, LoRAConv2d, LoRAConv3d
-from .layer import LoRALayer, is_transformers_conv1d
+from .layer import LoRAHolder, LoRALayer, is_transformers_conv1d
 from .modules import LoRAEmbedding, LoRALinear
+from .report import _named, lora_layers
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CONVOLUTIONS: dict[type[nn.Module], type[LoRAConv]] = {
@@ -64,8 +65,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, adapter_dtype: torch.dty
     Raises:
         TypeError: ``config`` is not a LoRAConfig.
         ValueError: nothing is chosen (the message lists near names); a chosen module is of an unsupported type, or is
-            hooked, patched or quantised in a way LoRA would lose; the model holds LoRA layers already; a rank does not
-            go with a convolution's groups.
+            hooked, patched or quantised in a way LoRA would lose; the model holds LoRA already, ours, a tasks.Model's
+            or PEFT's; a rank does not go with a convolution's groups.
     """
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
@@ -96,7 +97,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
         ``model`` itself.
 
     Raises:
-        ValueError: there is no LoRA layer inside ``model``.
+        ValueError: there is no LoRA layer inside ``model``, or it holds a tasks.Model.
     """
     return _take_out(model, merge=False)
 
@@ -111,8 +112,9 @@ def merge_lora(model: nn.Module) -> nn.Module:
         ``model`` itself.
 
     Raises:
-        ValueError: there is no LoRA layer inside ``model``, or one is disabled.
+        ValueError: there is no LoRA layer inside ``model``, one is disabled, or it holds a tasks.Model.
     """
+    _refuse_holders(_named(model))
     for name, layer in lora_layers(model):
         if not layer.enabled:
             raise ValueError(f"{name} is disabled: enable it, or use remove_lora for the base model")
@@ -125,101 +127,10 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return _take_out(model, merge=True)
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """(name, layer) of every LoRA layer in ``model``, each once."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALayer):
-            yield name, module
-
-
-def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """lora_a and lora_b of every LoRA layer, each once: what an optimizer takes (with ``bias="none"``)."""
-    for _, layer in lora_layers(model):
-        yield layer.lora_a
-        yield layer.lora_b
-
-
-class ParameterCount(NamedTuple):
-    """Elements of all parameters, of those that train, and of the LoRA factors. A shared parameter counts once."""
-
-    total: int
-    trainable: int
-    lora: int
-
-    def __str__(self) -> str:
-        share = 100 * self.trainable / max(self.total, 1)
-        return f"{self.total:,} parameters, {self.trainable:,} trainable ({share:.3g} %), {self.lora:,} of LoRA"
-
-
-def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count the elements of the model's parameters, see :class:`ParameterCount`."""
-    parameters = list(model.parameters())
-    return ParameterCount(
-        sum(p.numel() for p in parameters),
-        sum(p.numel() for p in parameters if p.requires_grad),
-        sum(p.numel() for p in lora_parameters(model)),
-    )
-
-
-class LoRAReportRow(NamedTuple):
-    """One LoRA layer. ``names``: all it has in the model; ``base``: the type of the layer it replaced."""
-
-    names: tuple[str, ...]
-    type: str
-    base: str
-    rank: int
-    scale: float
-    parameters: int
-
-
-@dataclass(frozen=True)
-class LoRAReport:
-    """What :func:`lora_report` found. ``print`` it for a table."""
-
-    rows: tuple[LoRAReportRow, ...]
-    parameters: ParameterCount
-
-    def __str__(self) -> str:
-        table = [("module", "layer", "over", "rank", "scale", "parameters")]
-        for row in self.rows:
-            numbers = (str(row.rank), f"{row.scale:g}", f"{row.parameters:,}")
-            table.append((" = ".join(row.names), row.type, row.base, *numbers))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = []
-        for entries in table:
-            padded = [e.ljust(w) if i < 3 else e.rjust(w) for i, (e, w) in enumerate(zip(entries, widths, strict=True))]
-            lines.append("  ".join(padded).rstrip())
-        return "\n".join([*lines, f"{len(self.rows)} LoRA layers; {self.parameters}"])
-
-
-def lora_report(model: nn.Module) -> LoRAReport:
-    """The LoRA layers of a model with rank, scale and size, and the totals; ``print`` it."""
-    rows = []
-    for layer, names in _named(model).items():
-        if isinstance(layer, LoRALayer):
-            size = layer.lora_a.numel() + layer.lora_b.numel()
-            kind = (type(layer).__name__, layer.base_type.__name__)
-            rows.append(LoRAReportRow(tuple(names), *kind, layer.r, layer.scale, size))
-    return LoRAReport(tuple(rows), count_parameters(model))
-
-
-def _named(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module with all its names, in order."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    return names
-
-
 def _choose(model: nn.Module, config: LoRAConfig) -> dict[nn.Module, list[str]]:
     """The modules to replace with all their names; refuse what cannot be done, before anything is done."""
     modules = _named(model)
-    for module, names in modules.items():
-        if isinstance(module, LoRALayer):
-            raise ValueError(
-                f"{names[0] or 'the model'} is a {type(module).__name__} already: put all targets into one LoRAConfig, "
-                "or call remove_lora or merge_lora first"
-            )
+    _refuse_lora(modules, "put all targets into one LoRAConfig, or call remove_lora or merge_lora first")
     modules.pop(model)
     head = _output_head(model) if config.target_modules == ALL_LINEAR else None
     chosen = {}
@@ -242,6 +153,22 @@ def _choose(model: nn.Module, config: LoRAConfig) -> dict[nn.Module, list[str]]:
         )
     _warn_of_unused(modules, chosen, config)
     return chosen
+
+
+def _refuse_lora(modules: dict[nn.Module, list[str]], instead: str) -> None:
+    """Raise where one of the modules is LoRA already; ``instead``: what to do about our own layers."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")  # not imported: then no module can be PEFT's
+    for module, names in modules.items():
+        name = names[0] or "the model"
+        if isinstance(module, LoRAHolder):
+            raise ValueError(f"{name} is a {type(module).__name__} of a tasks.Model: add tasks to that with add_task")
+        if isinstance(module, LoRALayer):
+            raise ValueError(f"{name} is a {type(module).__name__} already: {instead}")
+        if peft is not None and isinstance(module, peft.BaseTunerLayer):
+            raise ValueError(
+                f"{name} is a {type(module).__name__} of PEFT already: patch_peft runs a PEFT model fused as it is; or "
+                "take PEFT's layers out first, with its unload() or merge_and_unload()"
+            )
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -363,7 +290,9 @@ def _shared_weights(model: nn.Module) -> list[list[str]]:
 
 
 def _take_out(model: nn.Module, merge: bool) -> nn.Module:
-    layers = {module: names for module, names in _named(model).items() if isinstance(module, LoRALayer)}
+    named = _named(model)
+    layers = {module: names for module, names in named.items() if isinstance(module, LoRALayer)}
+    _refuse_holders(named)
     if not layers or model in layers:
         raise ValueError(
             "there is no LoRA layer inside this module"
@@ -378,6 +307,15 @@ def _take_out(model: nn.Module, merge: bool) -> nn.Module:
                 setattr(holder.get_submodule(name), attribute, value)
             _set_requires_grad(holder, record.requires_grad)
     return model
+
+
+def _refuse_holders(modules: dict[nn.Module, list[str]]) -> None:
+    for module, names in modules.items():
+        if isinstance(module, LoRAHolder):
+            raise ValueError(
+                f"{names[0] or 'this module'} is a {type(module).__name__}: the LoRA layers in it are tasks of a "
+                "tasks.Model, not made by apply_lora; drop a task with its remove_task"
+            )
 
 
 def _set_requires_grad(model: nn.Module, flags: dict[str, bool]) -> None:

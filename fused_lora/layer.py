@@ -79,6 +79,10 @@ def _hollow_copy(module: nn.Module) -> nn.Module:
     return copy
 
 
+class LoRAHolder(nn.Module):
+    """A module that keeps LoRA layers of its own, which apply_lora and remove_lora must leave to it."""
+
+
 class LoRALayer(nn.Module):
     """What every LoRA layer shares: the scale, the switch, merge and unmerge. Not for direct use.
 

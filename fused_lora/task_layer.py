@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .convolution import LoRAConv
-from .layer import _CALL_HOOKS, LoRALayer
+from .layer import _CALL_HOOKS, LoRAHolder, LoRALayer
 from .modules import LoRAEmbedding, LoRALinear
 from .ops.linear import lora_linear
 from .task_selection import One, PerRow, Several, current, task_may_run
@@ -41,7 +41,7 @@ class _BaseWeight(Tensor):
             return func(*args, **(kwargs or {}))
 
 
-class TaskLayer(nn.Module):
+class TaskLayer(LoRAHolder):
     """Stands where ``base`` stood. ``base`` is the replaced module itself; ``tasks`` maps names to the tasks' layers.
 
     Attributes this class does not have are those of ``base``. Hooks registered on ``base`` before run here, once per

@@ -9,7 +9,7 @@ from torch import nn
 
 from . import inject
 from .config import ALL_LINEAR, LoRAConfig
-from .layer import LoRALayer, is_transformers_conv1d
+from .layer import is_transformers_conv1d
 from .task_layer import TaskLayer
 
 _wrappers: dict[type[nn.Module], Callable[[Any], nn.Module]] = {}
@@ -47,12 +47,7 @@ def constructor_of(module: nn.Module) -> Callable[[Any], nn.Module] | None:
 def choose(model: nn.Module, config: LoRAConfig, everything: bool) -> dict[nn.Module, list[str]]:
     """The modules to wrap, with all their names outside other wrapped modules; refuse what cannot be done."""
     modules = inject._named(model)
-    for module, names in modules.items():
-        if isinstance(module, (LoRALayer, TaskLayer)):
-            raise ValueError(
-                f"{names[0] or 'model'} is a {type(module).__name__} already: give Model the network without LoRA "
-                "(remove_lora, or merge_lora), and add further tasks with add_task"
-            )
+    inject._refuse_lora(modules, "give Model the network without LoRA, see remove_lora and merge_lora")
     head = inject._output_head(model) if config.target_modules == ALL_LINEAR else None
     targeted = {
         module

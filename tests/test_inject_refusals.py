@@ -6,9 +6,11 @@ import warnings
 import pytest
 import torch
 from nets import EVERYTHING, assert_unchanged, config, make_net, snapshot
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from fused_lora import apply_lora, lora_layers, remove_lora
+from fused_lora.tasks import Model
 
 
 @pytest.fixture
@@ -109,6 +111,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match="the model is a LoRALinear already"):
             apply_lora(net.alias, config(["up"]))
         assert_unchanged(net, before)
+
+    @pytest.mark.parametrize("targets", [["blocks.1.down"], "all-linear"], ids=str)
+    def test_over_peft(self, net, targets):
+        peft_model = get_peft_model(net, LoraConfig(target_modules=["blocks.0.up"], r=2))
+        for wrap in (lambda: apply_lora(peft_model, config(targets)), lambda: Model(peft_model)):
+            with pytest.raises(ValueError, match=r"blocks\.0\.up is a Linear of PEFT already: patch_peft runs a PEFT"):
+                wrap()
+        assert not list(lora_layers(peft_model))
+        apply_lora(peft_model.unload(), config(targets))
 
     def test_a_single_layer_and_nothing_to_take(self):
         with pytest.raises(ValueError, match=r"The model itself is one layer: use LoRALinear\.from_linear"):

@@ -16,10 +16,10 @@ PACKAGE, KERNELS = ROOT / "fused_lora", ROOT / "kernels"
 # packages: "task" stands for task_layer and its sisters, "ops" for all that is in it.
 ROOMS = (
     {"kernels"},
-    {"dropout", "plan", "reference", "vendor", "checks", "pieces"},
+    {"dropout", "plan", "tuned", "reference", "vendor", "checks", "pieces"},
     {"ops"},
     {"layer", "modules", "convolution", "parametrize", "config"},
-    {"inject", "adapters"},
+    {"inject", "report", "adapters"},
     {"tasks", "task", "peft", "cli", "demo", "digits", "doctor", "accuracy", "compat"},
 )
 FREE = {"__init__", "__main__"}  # the public names, and the door of the command line

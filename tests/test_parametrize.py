@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fused_lora import count_parameters, lora_parameters
 from fused_lora.parametrize import lora_parametrize, lora_unparametrize, set_lora_enabled
 
 CASES = {
@@ -57,6 +58,14 @@ def test_disabled_is_the_base_bit_for_bit(case):
     assert torch.equal(run(module, shape), before)
     set_lora_enabled(module, True)
     assert not torch.equal(run(module, shape), before)
+
+
+def test_counted_and_listed_as_lora():
+    model = nn.Sequential(nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 3)).requires_grad_(False)
+    for layer in (model[0], model[2]):
+        lora_parametrize(layer, r=2)
+    assert count_parameters(model) == (115 + 58, 58, 58)
+    assert {id(p) for p in lora_parameters(model)} == {id(p) for p in model.parameters() if p.requires_grad}
 
 
 def test_removal_restores_or_bakes_in(case):

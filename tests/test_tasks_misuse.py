@@ -5,7 +5,7 @@ import torch
 from tasks_net import make_net
 from torch import nn
 
-from fused_lora import LoRAConfig, apply_lora
+from fused_lora import LoRAConfig, apply_lora, merge_lora, remove_lora
 from fused_lora.tasks import Model
 
 X = torch.ones(4, 3)
@@ -46,8 +46,8 @@ X = torch.ones(4, 3)
             ValueError,
             r"for 3 rows, but layer '0' got an input of shape \(3,\)",
         ),
-        (lambda m: Model(m), ValueError, "model.0 is a TaskLayer already"),
-        (lambda m: Model(m.model), ValueError, "0 is a TaskLayer already"),
+        (lambda m: Model(m), ValueError, "model.0 is a TaskLayer of a tasks.Model: add tasks to that with add_task"),
+        (lambda m: Model(m.model), ValueError, "0 is a TaskLayer of a tasks.Model"),
         (lambda m: Model(nn.Tanh()), ValueError, "no layer here can get LoRA"),
         (lambda m: Model("net"), TypeError, "model must be an nn.Module, got str"),
         (lambda m: Model(nn.Linear(2, 2), rank=2), TypeError, "unknown setting 'rank'"),
@@ -66,6 +66,16 @@ def test_misuse(call, error, message):
     assert model.tasks == ["a", "b"]
     assert list(model.model[0].tasks) == ["a", "b"]
     assert model(X, task="a").shape == X.shape
+
+
+def test_the_layers_of_tasks_are_not_apply_loras():
+    for model in (Model(nn.Sequential(nn.Linear(3, 3))), Model(nn.Sequential(nn.Linear(3, 3))).add_task("a")):
+        with pytest.raises(ValueError, match=r"model\.0 is a TaskLayer of a tasks\.Model: add tasks to that"):
+            apply_lora(model, LoRAConfig(target_modules="all-linear"))
+        for undo in (remove_lora, merge_lora):
+            with pytest.raises(ValueError, match=r"model\.0 is a TaskLayer: the LoRA layers in it are tasks of a"):
+                undo(model)
+        assert model(X, task=model.tasks[0] if model.tasks else None).shape == X.shape
 
 
 def test_misuse_without_tasks_and_over_lora():
