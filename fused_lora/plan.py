@@ -1,7 +1,8 @@
 """From facts to a plan: which strategy runs, in which form each piece, and why not the others.
 
 ``make_plan`` is pure: the same facts give the same plan, nothing is timed, no device is asked. ``device_facts`` asks
-the device, once, and is cached; nothing here runs at import.
+the device, once, and is cached; nothing here runs at import. What was measured on the device's chip (``tuned.py``)
+is one of its facts: where it has an entry near the call, the entry decides, elsewhere the rule.
 
 A request is a strategy, optionally with a form for single pieces::
 
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from . import tuned
 from .kernels import tiles  # pure Python: importing it imports no triton
 
 STRATEGIES = ("torch", "triton", "reference")
@@ -43,6 +45,7 @@ class DeviceFacts:
     triton_reason: str  # why triton cannot run here; "" where it can
     interpreted: bool  # triton runs under its interpreter
     hip: bool = False  # a ROCm device
+    tuned: tuned.Tuned | None = None  # what was measured on its chip
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def device_facts(device: torch.device, interpreted: bool) -> DeviceFacts:
         triton_reason,
         interpreted and device.type == "cpu",
         hip=device.type == "cuda" and torch.version.hip is not None,
+        tuned=tuned.table_for(name, capability) if capability != (0, 0) and device.type == "cuda" else None,
     )
 
 
@@ -215,6 +219,9 @@ def make_plan(facts: Facts, request: str | None = None) -> Plan:
         strategy, reasons = "torch", [f"not triton: {refusal}"]
     elif facts.device.interpreted:
         strategy, reasons = "torch", ["not triton: its interpreter is for tests; ask for strategy='triton' to use it"]
+    elif (entry := _entry(facts, "strategy")) is not None and entry.form == "torch":
+        strategy = "torch"
+        reasons.append(f"torch as a whole: {_as_measured(facts, entry)}")
     else:
         strategy = "triton"
         reasons.append("the skinny products are bound by memory: one kernel each reads x or dy once, dropout included")
@@ -236,14 +243,62 @@ def _with_forms(facts: Facts, strategy: str, forced: dict[str, str], reasons: li
             forms[piece] = "pointer"
         else:
             forms[piece] = "beta1"
-            if piece not in forced:
-                reasons.append(
-                    f"{piece}: the vendor GEMM accumulates onto the low-rank product, until a committed measurement on "
-                    f"{facts.device.name} shows a fused kernel ahead"
-                )
+    picked = {}
+    for piece in PIECES:
+        entry = _entry(facts, piece)
+        if entry is not None and forced.get(piece, entry.form) == entry.form and _usable(facts, entry, reasons):
+            forms[piece] = entry.form
+            if entry.tile is not None:
+                picked[piece] = tuned.fit(entry, _problem(facts), _chip(facts))
+        elif piece in ("expand", "grad_x") and piece not in forced and not facts.device.interpreted:
+            reasons.append(
+                f"{piece}: the vendor GEMM accumulates onto the low-rank product, until a committed measurement on "
+                f"{facts.device.name} shows a fused kernel ahead"
+            )
     forms.update(forced)
-    picked = tuple((piece, tile) for piece in PIECES if (tile := _pick_tile(facts, piece, forms[piece])) is not None)
-    return Plan(facts=facts, strategy=strategy, upcast=upcast, reasons=tuple(reasons), tiles=picked, **forms)
+    for piece in PIECES:
+        if piece not in picked and (tile := _pick_tile(facts, piece, forms[piece])) is not None:
+            picked[piece] = tile
+    ordered = tuple((piece, picked[piece]) for piece in PIECES if piece in picked)
+    return Plan(facts=facts, strategy=strategy, upcast=upcast, reasons=tuple(reasons), tiles=ordered, **forms)
+
+
+def _problem(facts: Facts) -> tiles.Problem:
+    dtype, adapter_dtype = _short(facts.dtype), _short(facts.adapter_dtype)
+    return tiles.Problem(facts.M, facts.N, facts.K, facts.R, dtype, adapter_dtype, facts.dropout)
+
+
+def _chip(facts: Facts) -> tiles.Chip:
+    return tiles.Chip(facts.device.num_sms, facts.device.capability, facts.device.hip)
+
+
+def _entry(facts: Facts, piece: str) -> tuned.Entry | None:
+    table = facts.device.tuned
+    return None if table is None else table.find(piece, _problem(facts))
+
+
+def _as_measured(facts: Facts, entry: tuned.Entry) -> str:
+    table = facts.device.tuned
+    assert table is not None
+    at = f"M {entry.M}, N {entry.N}, K {entry.K}, rank {entry.R}"
+    return f"{entry.gain:.2f} x as fast as the rule on {table.chip} at {at} ({table.source})"
+
+
+def _usable(facts: Facts, entry: tuned.Entry, reasons: list[str]) -> bool:
+    """Whether the plan may follow an entry; says in ``reasons`` what was measured, or why it is ignored."""
+    piece, form = entry.piece, entry.form
+    refusal = ""
+    if form not in (_GEMM_FORMS if piece in ("expand", "grad_x") else _SKINNY_FORMS):
+        refusal = f"{piece} has no such form"
+    elif form == "descriptor":
+        refusal = _descriptor_refusal(facts)
+    if not refusal and entry.tile is not None:
+        refusal = tuned.tile_refusal(piece, form, entry.tile, _problem(facts), _chip(facts))
+    if refusal:
+        reasons.append(f"{piece}: the measured form {form!r} is ignored: {refusal}")
+    else:
+        reasons.append(f"{piece}: {form} was measured {_as_measured(facts, entry)}")
+    return not refusal
 
 
 def _pick_tile(facts: Facts, piece: str, form: str) -> Any:
@@ -254,24 +309,26 @@ def _pick_tile(facts: Facts, piece: str, form: str) -> Any:
     """
     if form == "torch":
         return None
-    device = facts.device
-    problem = tiles.Problem(facts.M, facts.N, facts.K, facts.R, _short(facts.dtype), _short(facts.adapter_dtype))
-    chip = tiles.Chip(device.num_sms, device.capability, device.hip)
+    problem, chip = _problem(facts), _chip(facts)
     if form == "beta1":
         return tiles.pick_lowrank_y(problem, chip) if piece == "expand" else tiles.pick_lowrank_x(problem, chip)
     if form == "descriptor":
-        refusal = ""
-        if not (chip.descriptors or device.interpreted):
-            refusal = f"{device.name} has no TMA (compute capability 9.0 and newer)"
-        elif problem.itemsize != 2:
-            refusal = f"it is for 16-bit dtypes, not {_short(facts.dtype)}"
-        elif facts.N % 8 or facts.K % 8:
-            refusal = f"N = {facts.N} and K = {facts.K} must be multiples of 8 (rows of 16 bytes)"
-        if refusal:
+        if refusal := _descriptor_refusal(facts):
             raise ValueError(f"{piece}=descriptor cannot run here: {refusal}; use {piece}=pointer")
         pick = tiles.pick_expand if piece == "expand" else tiles.pick_grad_x
         return pick(problem, chip, descriptor=True)
     return getattr(tiles, f"pick_{piece}")(problem, chip)
+
+
+def _descriptor_refusal(facts: Facts) -> str:
+    """Why the descriptor form cannot take these sizes here; "" where it can."""
+    if not (_chip(facts).descriptors or facts.device.interpreted):
+        return f"{facts.device.name} has no TMA (compute capability 9.0 and newer)"
+    if _problem(facts).itemsize != 2:
+        return f"it is for 16-bit dtypes, not {_short(facts.dtype)}"
+    if facts.N % 8 or facts.K % 8:
+        return f"N = {facts.N} and K = {facts.K} must be multiples of 8 (rows of 16 bytes)"
+    return ""
 
 
 def describe_piece(plan: Plan, piece: str) -> str:
