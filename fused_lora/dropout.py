@@ -160,12 +160,10 @@ class BlockMask:
 
 
 def zero_dropped(block: Tensor, bits: Tensor, *, in_place: bool = False) -> Tensor:
-    """``block`` (float32 or float64, contiguous) with the elements whose ``bits`` are 0 set to 0; survivors unscaled.
+    """``block`` (contiguous) with the elements whose ``bits`` are 0 set to 0; survivors unscaled.
 
     Bits are ANDed instead of multiplied: it is faster, and a dropped Inf or NaN becomes 0.
     """
-    if block.dtype == torch.float64:
-        words, bits = block.view(torch.int64), bits.to(torch.int64)
-    else:
-        words = block.view(torch.int32)
+    word = {8: torch.int64, 4: torch.int32, 2: torch.int16}[block.element_size()]
+    words, bits = block.view(word), bits.to(word)
     return torch.bitwise_and(words, bits, out=words if in_place else None).view(block.dtype)

@@ -67,7 +67,7 @@ def _allow_tf32() -> bool:
 def shrink(plan: Plan, x: Tensor, a: Tensor, mask: Mask | None) -> Tensor:
     """s = drop(x) aᵀ."""
     if plan.shrink == "torch":
-        return vendor.shrink(x, a, _blocks(mask))
+        return vendor.shrink(x, a, _blocks(mask), plan.upcast)
     return _kernels().shrink(x, a, _drop(mask), plan.tile("shrink"), allow_tf32=_allow_tf32())
 
 
@@ -99,7 +99,7 @@ def grad_b(
 ) -> tuple[Tensor | None, Tensor | None]:
     """ds = scale · dy b where b is given, db = scale · dyᵀ s where s is."""
     if plan.grad_b == "torch":
-        return vendor.grad_b(dy, b, s, scale, plan.facts.adapter_dtype)
+        return vendor.grad_b(dy, b, s, scale, plan.facts.adapter_dtype, plan.upcast)
     dtype = plan.facts.adapter_dtype
     return _kernels().grad_b(dy, b, s, scale, plan.tile("grad_b"), out_dtype=dtype, allow_tf32=_allow_tf32())
 
@@ -136,7 +136,7 @@ def grad_xa(
 def grad_a(plan: Plan, x: Tensor, ds: Tensor, mask: Mask | None) -> Tensor:
     """da = dsᵀ drop(x), in the adapters' dtype."""
     if plan.grad_a == "torch":
-        return vendor.grad_a(x, ds, _blocks(mask), plan.facts.adapter_dtype)
+        return vendor.grad_a(x, ds, _blocks(mask), plan.facts.adapter_dtype, plan.upcast)
     return _kernels().grad_a(
         x, ds, _drop(mask), plan.tile("grad_a"), plan.facts.adapter_dtype, allow_tf32=_allow_tf32()
     )

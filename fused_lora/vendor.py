@@ -6,9 +6,11 @@ M rows, K in_features, N out_features, R rank.
 x (M, K)   w (N, K)   bias (N,)   a (R, K)   b (N, R)   lora_bias (N,)   y, dy (M, N)
 s = drop(x) aᵀ (M, R)   ds = scale · dy b (M, R)         both in the accumulation dtype: float32, or float64
 
-Two forms of the big product. Where the device multiplies the dtype natively, the vendor's GEMM accumulates onto the
-low-rank product (beta = 1). On a CPU without bfloat16/float16 arithmetic ("upcast") the operands become float32 block
-by block: torch's own fallback there is many times slower (README, "Measured"), and the result is rounded once.
+Three forms of the big product. On a GPU the vendor's GEMM accumulates onto the low-rank product (beta = 1). On a CPU
+that multiplies the dtype the frozen product comes first and a rank-wide update is added to it, which costs less there
+than a large product that has to read its output. On a CPU without bfloat16/float16 arithmetic ("upcast") the operands
+become float32 block by block: torch's own fallback there is many times slower (README, "Measured"), and the result is
+rounded once.
 """
 
 from __future__ import annotations
@@ -35,9 +37,14 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _native(t: Tensor, dtype: torch.dtype) -> bool:
+def _native(t: Tensor, dtype: torch.dtype, upcast: bool) -> bool:
     """Whether one GEMM of t with an adapter factor of ``dtype`` is accurate as it is: no cast, no range to lose."""
-    return t.dtype == dtype and (dtype == acc_dtype(dtype) or (dtype == torch.bfloat16 and t.device.type != "cpu"))
+    return t.dtype == dtype and (dtype == acc_dtype(dtype) or (dtype == torch.bfloat16 and not upcast))
+
+
+def _base_first(t: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the frozen product is made first and the low-rank product added to it (natively, in ``dtype``)."""
+    return dtype == acc_dtype(dtype) or (dtype == torch.bfloat16 and t.device.type == "cpu")
 
 
 def _blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
@@ -58,16 +65,22 @@ def _dropped(x: Tensor, i: int, j: int, bits: Tensor | None, acc: torch.dtype) -
     return block if bits is None else zero_dropped(block.contiguous(), bits, in_place=x.dtype != acc)
 
 
-def shrink(x: Tensor, a: Tensor, mask: BlockMask | None) -> Tensor:
+def shrink(x: Tensor, a: Tensor, mask: BlockMask | None, upcast: bool) -> Tensor:
     """s = drop(x) aᵀ, (M, R) in the accumulation dtype."""
     acc = acc_dtype(a.dtype)
-    if mask is None and _native(x, a.dtype):
+    native = _native(x, a.dtype, upcast)
+    if mask is None and native:
         return torch.mm(x, a.t()).to(acc)
-    a_t = a.to(acc).t()
+    work = a.dtype if native else acc
+    a_t = a.to(work).t()
     s = x.new_empty(x.shape[0], a.shape[0], dtype=acc)
     for i, j in _row_blocks(x):
         bits = None if mask is None else mask.bits(i, j - i)
-        torch.mm(_dropped(x, i, j, bits, acc), a_t, out=s[i:j])
+        block = _dropped(x, i, j, bits, work)
+        if work == acc:
+            torch.mm(block, a_t, out=s[i:j])
+        else:
+            s[i:j] = torch.mm(block, a_t)
     return s if mask is None else s.mul_(mask.scale)
 
 
@@ -89,9 +102,10 @@ def expand(
     if upcast:
         return _expand_upcast(x, w, bias, t, b, dtype)
     x, w = x.to(dtype), w.to(dtype)
-    if dtype == t.dtype:
-        # The frozen product first: where b and lora_bias are zero, y is the frozen layer's output bit for bit.
-        return F.linear(x, w, bias).addmm_(t, b.t())
+    if _base_first(x, dtype):
+        # Where b and lora_bias are zero, y is the frozen layer's output bit for bit.
+        y = F.linear(x, w, None if bias is None else bias.to(dtype))
+        return y.addmm_(*_rank_factors(t, b.t(), dtype))
     if bias is not None:
         t, b = _with_rank(t, b, 1.0, bias)
     return _rank_product(t, b.t(), dtype).addmm_(x, w.t())
@@ -103,19 +117,29 @@ def _with_rank(t: Tensor, b: Tensor, factor: float | Tensor, vector: Tensor) -> 
 
 
 def _rank_product(t: Tensor, f: Tensor, dtype: torch.dtype) -> Tensor:
-    """t f, (M, R) x (R, P), rounded once to ``dtype``; t is float32.
-
-    bfloat16: t and a float32 f are split into high and low halves that stand side by side along R, so one bfloat16 GEMM
-    loses nothing of them and no float32 (M, P) tensor exists. float16 cannot hold t's range.
-    """
+    """t f, (M, R) x (R, P), rounded once to ``dtype``; t is float32. float16 cannot hold t's range."""
     if dtype != torch.bfloat16:
         return torch.mm(t, f.to(t.dtype)).to(dtype)
+    return torch.mm(*_rank_factors(t, f, dtype))
+
+
+def _rank_factors(t: Tensor, f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors in ``dtype`` whose product is t f, (M, R) x (R, P).
+
+    bfloat16: t and a float32 f are split into high and low halves that stand side by side along R, so one bfloat16 GEMM
+    loses nothing of them and no float32 (M, P) tensor exists. On a CPU, where each rank of that GEMM counts, a t that
+    goes with a bfloat16 f is rounded, as the plain layer rounds s.
+    """
+    if dtype != torch.bfloat16:
+        return t, f.to(dtype)
     t_high, f_high = t.to(dtype), f.to(dtype)
+    if f.dtype == dtype and t.device.type == "cpu":
+        return t_high, f
     left, right = [t_high, (t - t_high).to(dtype)], [f_high, f_high]
     if f.dtype != dtype:
         left.append(t_high)
         right.append((f - f_high).to(dtype))
-    return torch.mm(torch.cat(left, dim=1), torch.cat(right, dim=0))
+    return torch.cat(left, dim=1), torch.cat(right, dim=0)
 
 
 def _expand_upcast(x: Tensor, w: Tensor, bias: Tensor | None, t: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -137,6 +161,7 @@ def grad_b(
     s: Tensor | None,
     scale: float | Tensor,
     dtype: torch.dtype,
+    upcast: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """ds = scale · dy b, (M, R) in the accumulation dtype, and db = scale · dyᵀ s, (N, R) in ``dtype``, the adapters'.
 
@@ -144,11 +169,13 @@ def grad_b(
     """
     acc = acc_dtype(dtype)
     ds = db = None
-    if _native(dy, dtype):
+    if _native(dy, dtype, upcast):
         if b is not None:
             ds = torch.mm(dy, b).to(acc).mul_(scale)
         if s is not None:
-            db = torch.mm(dy.t(), (s * scale).to(dtype))
+            t = (s * scale).to(dtype)
+            # On a CPU the product with the long operand untransposed can be several times faster, and never slower.
+            db = torch.mm(t.t(), dy).t().contiguous() if dy.device.type == "cpu" else torch.mm(dy.t(), t)
         return ds, db
     if b is not None:
         b = b.to(acc)
@@ -183,7 +210,7 @@ def grad_x(
     t = ds if mask is None else ds * mask.scale
     if upcast:
         dx = _grad_x_upcast(dy, w, t, a, mask, x_dtype, x, da)
-    elif dtype == ds.dtype:
+    elif _base_first(dy, dtype):
         dx = torch.mm(dy, w.to(dtype))
         _add_lowrank(dx, t, a, mask, 0, x, da)
     elif mask is None:
@@ -199,12 +226,13 @@ def _add_lowrank(
     dx: Tensor, t: Tensor, a: Tensor, mask: BlockMask | None, start: int, x: Tensor | None, da: Tensor | None
 ) -> None:
     """dx += drop'(t a) and, where da is given, da += tᵀ drop(x), in place; row 0 of dx is row ``start`` of the mask."""
+    left, right = _rank_factors(t, a, dx.dtype) if _base_first(dx, dx.dtype) else (t, a)
     if mask is None:
-        dx.addmm_(t, a)
+        dx.addmm_(left, right)
         return
     for i, j in _row_blocks(dx):
         bits = mask.bits(start + i, j - i)
-        dx[i:j] += zero_dropped(torch.mm(t[i:j], a), bits, in_place=True)
+        dx[i:j] += zero_dropped(torch.mm(left[i:j], right), bits, in_place=True)
         if x is not None and da is not None:
             da.addmm_(t[i:j].t(), _dropped(x, start + i, start + j, bits, da.dtype))
 
@@ -231,10 +259,10 @@ def _grad_x_upcast(
     return dx
 
 
-def grad_a(x: Tensor, ds: Tensor, mask: BlockMask | None, dtype: torch.dtype) -> Tensor:
+def grad_a(x: Tensor, ds: Tensor, mask: BlockMask | None, dtype: torch.dtype, upcast: bool) -> Tensor:
     """da = dsᵀ drop(x), (R, K) in ``dtype``, that of the adapters."""
     acc = ds.dtype
-    if mask is None and (x.dtype == acc or _native(x, dtype)):
+    if mask is None and (x.dtype == acc or _native(x, dtype, upcast)):
         return torch.mm(ds.t().to(x.dtype), x).to(dtype)
     t = ds if mask is None else ds * mask.scale
     da = torch.zeros(ds.shape[1], x.shape[1], dtype=acc, device=x.device)
