@@ -127,10 +127,43 @@ class AddmmFunction(torch.autograd.Function):
 class Addmm(Layer):
     """:class:`AddmmFunction`, ``nn.Dropout`` outside. Lowers float32 adapters to the dtype of x, as such layers do."""
 
+    function: type[torch.autograd.Function] = AddmmFunction
+
     def forward(self, x: Tensor) -> Tensor:
         dropped = None if isinstance(self.dropout, nn.Identity) else self.dropout(x)
         a, b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
-        return AddmmFunction.apply(x, dropped, self.base.weight, a, b, SCALE)
+        return self.function.apply(x, dropped, self.base.weight, a, b, SCALE)
+
+
+class Beta1Function(torch.autograd.Function):
+    """GEMMs that accumulate in place (alpha, beta = 1) and s kept, as Transformer Engine's fused ops do it.
+
+    ``dropped`` as in :class:`AddmmFunction`; without it dy W is accumulated onto the low-rank part of dx.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dropped, weight, a, b, scale):
+        rows = x if dropped is None else dropped
+        s = rows @ a.t()
+        ctx.save_for_backward(rows, s, weight, a, b)
+        ctx.scale, ctx.is_dropped = scale, dropped is not None
+        return (x @ weight.t()).addmm_(s, b.t(), alpha=scale, beta=1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        rows, s, weight, a, b = ctx.saved_tensors
+        ds = torch.addmm(s, dy, b, alpha=ctx.scale, beta=0)  # beta = 0: s is not read, it only lends its shape
+        db = torch.addmm(b, dy.t(), s, alpha=ctx.scale, beta=0)
+        da = ds.t() @ rows
+        if ctx.is_dropped:
+            return dy @ weight, ds @ a, None, da, db, None
+        return (ds @ a).addmm_(dy, weight), None, None, da, db, None
+
+
+class Beta1(Addmm):
+    """:class:`Beta1Function`; dropout and dtypes as :class:`Addmm`."""
+
+    function = Beta1Function
 
 
 def _peft(inputs: Inputs, p: float) -> nn.Module:
@@ -216,6 +249,7 @@ PROVIDERS = {
         Provider("plain", "plain PyTorch LoRA", Plain),
         Provider("peft", "PEFT", _peft, _no_peft),
         Provider("addmm", "addmm-style eager", Addmm),
+        Provider("beta1", "beta = 1 style (Transformer Engine)", Beta1),
     )
 }
 

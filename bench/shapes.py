@@ -73,6 +73,15 @@ SHAPE_SETS = {
         ),
         (512, 8192),
     ),
+    "llama-3-70b": ShapeSet(
+        (
+            Linear("q,o", 8192, 8192, 2),
+            Linear("k,v", 8192, 1024, 2),
+            Linear("gate,up", 8192, 28672, 2),
+            Linear("down", 28672, 8192),
+        ),
+        (512, 8192),
+    ),
 }
 
 

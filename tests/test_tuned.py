@@ -107,7 +107,9 @@ def test_an_entry_that_cannot_run_is_ignored_with_the_reason(wrong, given, reaso
     rule = make_plan(facts(None, **given))
     assert [getattr(planned, piece) for piece in plan.PIECES] == [getattr(rule, piece) for piece in plan.PIECES]
     assert planned.tiles == rule.tiles
-    ignored = [r for r in planned.reasons if r.startswith(f"{wrong.piece}: the measured form {wrong.form!r} is ignored")]
+    ignored = [
+        r for r in planned.reasons if r.startswith(f"{wrong.piece}: the measured form {wrong.form!r} is ignored")
+    ]
     assert len(ignored) == 1
     assert reason in ignored[0]
 
