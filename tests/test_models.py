@@ -17,6 +17,7 @@ from fused_lora import (
     lora_layers,
     merge_lora,
     remove_lora,
+    tasks,
 )
 
 pytestmark = [
@@ -93,12 +94,22 @@ def built(request):
 def test_promises(built):
     model, inputs = built
     before, start = snapshot(model), model(**inputs)
+    with torch.no_grad():
+        quiet = model(**inputs).logits  # where weights require grad, torch itself may take another road to the product
     apply_lora(model, every_layer(model))
     kinds = {type(layer).__name__ for _, layer in lora_layers(model)}
     assert "LoRALinear" in kinds
     assert torch.equal(model(**inputs).logits, start.logits)
 
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, quiet)
+
     outputs = train(model)(**inputs)
+    for on in (False, True):
+        for _, layer in lora_layers(model):
+            layer.enabled = on
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, quiet) is not on
     assert not torch.equal(outputs.logits, start.logits)
     outputs.loss.backward()
     for name, p in model.named_parameters():
@@ -134,6 +145,36 @@ def test_merge_agrees(built):
     assert list(model.state_dict()) == keys
     assert {name: flag for name, flag in snapshot(model)[2].items() if name in flags} == flags
     torch.testing.assert_close(model(**inputs).logits, with_lora, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:exclude_modules")  # what only some of the models have
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_tasks_over_a_model(built, dtype):
+    model, inputs = built
+    model.to(dtype)
+    inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+    keys = list(model.state_dict())
+    with torch.no_grad():
+        start = model(**inputs).logits
+        # Positions and distances between tokens have no row for each row of the batch; "shared" is never called.
+        model = tasks.Model(model, r=2, exclude_modules=["embed_positions", "relative_attention_bias", "shared"])
+        for name in ("a", "b"):
+            model.add_task(name)
+            assert torch.equal(model(**inputs, task=name).logits, start)
+            for p in model.task_parameters(name):
+                torch.nn.init.normal_(p, std=0.2)
+        assert torch.equal(model(**inputs).logits, start)
+        alone = [model(**inputs, task=name).logits for name in ("b", "a")]
+        rows = model(**inputs, task=["b", "a"]).logits
+        assert not torch.equal(alone[0], alone[1])
+        if dtype == torch.float64:
+            for i, logits in enumerate(alone):
+                torch.testing.assert_close(rows[i], logits[i], rtol=1e-9, atol=1e-9)
+    model(**inputs, task="a").loss.backward()
+    trained = {id(p) for p in model.parameters() if p.grad is not None}
+    assert trained == {id(p) for p in model.task_parameters("a")}
+    assert list(model.state_dict()) == keys
+    assert model.load_state_dict(model.state_dict()) == ([], [])
 
 
 def theirs_and_ours(model, **settings):
