@@ -3,6 +3,7 @@
 y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ
 """
 
+from .adapters import AdapterError, AdapterReport, check_adapter, load_adapter, save_adapter
 from .config import LoRAConfig
 from .convolution import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .inject import apply_lora, merge_lora, remove_lora
@@ -14,6 +15,8 @@ from .report import count_parameters, lora_layers, lora_parameters, lora_report
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterError",
+    "AdapterReport",
     "FusedLoRALinear",
     "LoRAConfig",
     "LoRAConv1d",
@@ -23,8 +26,10 @@ __all__ = [
     "LoRALinear",
     "PatchReport",
     "apply_lora",
+    "check_adapter",
     "count_parameters",
     "explain",
+    "load_adapter",
     "lora_layers",
     "lora_linear",
     "lora_parameters",
@@ -33,5 +38,6 @@ __all__ = [
     "patch_peft",
     "peft_status",
     "remove_lora",
+    "save_adapter",
     "unpatch_peft",
 ]

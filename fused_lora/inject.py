@@ -35,10 +35,14 @@ _RECORD = "_fused_lora_record"
 
 @dataclass(frozen=True)
 class _Record:
-    """What remove_lora and merge_lora put back, kept on the model; names, so that a copy of the model can use it."""
+    """What remove_lora and merge_lora put back, kept on the model; names, so that a copy of the model can use it.
+
+    ``bias`` is the config's: save_adapter writes the biases it names.
+    """
 
     requires_grad: dict[str, bool]
     attributes: tuple[tuple[str, str, Any], ...]  # (module name, attribute, value)
+    bias: str = "none"
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig, *, adapter_dtype: torch.dtype | None = None) -> nn.Module:
@@ -83,7 +87,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, adapter_dtype: torch.dty
         layer.hold_base(module)
         _replace(model, chosen[module], layer)
     _free_biases(model, config.bias)
-    model.__dict__[_RECORD] = _Record(flags, attributes)
+    model.__dict__[_RECORD] = _Record(flags, attributes, config.bias)
     return model
 
 

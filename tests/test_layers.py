@@ -19,8 +19,8 @@ ROOMS = (
     {"dropout", "plan", "tuned", "reference", "vendor", "checks", "pieces"},
     {"ops"},
     {"layer", "modules", "convolution", "parametrize", "config"},
-    {"inject", "report", "adapters"},
-    {"tasks", "task", "peft", "cli", "demo", "digits", "doctor", "accuracy", "compat"},
+    {"inject", "report"},
+    {"tasks", "task", "adapters", "adapter", "peft", "cli", "demo", "digits", "doctor", "accuracy", "compat"},
 )
 FREE = {"__init__", "__main__"}  # the public names, and the door of the command line
 SHAPELESS = {"utils", "util", "common", "helpers", "misc", "backends", "registry"}

@@ -1,0 +1,325 @@
+"""An adapter held against a model: every key accounted for, before anything is touched."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .adapter_config import AdapterConfig
+from .adapter_files import AdapterFiles
+from .adapter_models import Place, Target
+from .adapter_patterns import PatternError
+from .layer import lora_scale
+
+PREFIX = "base_model.model."
+METADATA_KEY = "fused_lora"
+_SUFFIXES = {
+    ".lora_A.weight": "lora_a",
+    ".lora_B.weight": "lora_b",
+    ".lora_embedding_A": "lora_a",
+    ".lora_embedding_B": "lora_b",
+    ".lora_B.bias": "lora_bias",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+}
+_SEE_PATCH = "PEFT loads it: PeftModel.from_pretrained, then fused_lora.patch_peft"
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Finding(NamedTuple):
+    """Something wrong, or worth knowing. ``kind``: one of KINDS; ``where``: a key of the file, a module or a field."""
+
+    kind: str
+    where: str
+    detail: str
+
+    @property
+    def blocks(self) -> bool:
+        """Whether load_adapter refuses because of it."""
+        return self.kind != "note"
+
+
+# In the order in which they are listed, with what they say about the adapter.
+KINDS = {
+    "config": "the config asks for what cannot be done, or contradicts the weights",
+    "missing": "tensors that should be there and are not",
+    "extra": "tensors that belong to nothing here",
+    "base weight": "tensors that would overwrite weights of the base model",
+    "shape": "tensors of another shape",
+    "rank": "ranks that do not agree",
+    "scale": "scales that do not agree",
+    "dtype": "tensors that are no floating numbers",
+    "values": "NaN or infinity",
+    "note": "worth knowing",
+}
+
+
+def factor_key(path: str, part: str, embedding: bool) -> str:
+    """PEFT's key of lora_a or lora_b of a layer."""
+    letter = part[-1].upper()
+    return f"{PREFIX}{path}.lora_embedding_{letter}" if embedding else f"{PREFIX}{path}.lora_{letter}.weight"
+
+
+def base_key(key: str, adapted: Mapping[str, Any]) -> str:
+    """PEFT's key of a tensor of the base model: a layer with LoRA is inside a wrapper, as its ``base_layer``."""
+    path, _, name = key.rpartition(".")
+    return f"{PREFIX}{path}.base_layer.{name}" if path in adapted else f"{PREFIX}{key}"
+
+
+@dataclass
+class Comparison:
+    """What :func:`compare` found, and what loading would write.
+
+    ``factors``: for each layer, "lora_a" and "lora_b" -> key of the file. ``base``: key of the base model's state dict
+    -> key of the file. ``ranks``, ``alphas`` and ``scales``: by layer, as the config has them.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    factors: dict[str, dict[str, str]] = field(default_factory=dict)
+    base: dict[str, str] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+
+    def add(self, kind: str, where: str, detail: str) -> None:
+        assert kind in KINDS
+        self.findings.append(Finding(kind, where, detail))
+
+
+def compare(
+    files: AdapterFiles,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    target: Target | None,
+    overwrite_base: bool = False,
+) -> Comparison:
+    """Hold the files against the model (None: against each other only)."""
+    result = Comparison()
+    in_base = _sort_keys(result, files, target)
+    if config.use_dora:
+        result.add("config", "use_dora", f"LoRA layers have no magnitudes; {_SEE_PATCH}")
+    _check_pairs(result, files, target)
+    if target is not None:
+        _check_targets(result, config, target)
+    _check_ranks(result, files, config, target)
+    _check_metadata(result, files)
+    _check_values(result, tensors, target)
+    if target is not None:
+        _check_base(result, config, tensors, target, in_base, overwrite_base)
+    else:
+        _list_base(result, config, in_base)
+    result.findings.sort(key=lambda finding: list(KINDS).index(finding.kind))
+    return result
+
+
+def _sort_keys(result: Comparison, files: AdapterFiles, target: Target | None) -> dict[str, str]:
+    """Fill ``factors``; return what is no factor, by its key in the base model."""
+    in_base = {}
+    for key in files.stored:
+        if not key.startswith(PREFIX):
+            result.add("extra", key, f"does not begin with {PREFIX}")
+            continue
+        inner = key[len(PREFIX) :]
+        suffix = next((suffix for suffix in _SUFFIXES if inner.endswith(suffix)), None)
+        if suffix is None:
+            in_base[inner.replace(".base_layer.", ".")] = key
+            continue
+        path, part = inner.removesuffix(suffix), _SUFFIXES[suffix]
+        if part in ("lora_bias", "magnitude"):
+            result.add("config", key, f"LoRA layers have no {part}; {_SEE_PATCH}")
+            continue
+        if target is not None:
+            fault = _misplaced(target, path, "embedding" in suffix)
+            if fault:
+                result.add("extra", key, fault)
+                continue
+            path = target.places[path].path
+        parts = result.factors.setdefault(path, {})
+        if part in parts:
+            result.add("extra", key, f"belongs to the same layer as {parts[part]}")
+        else:
+            parts[part] = key
+    return in_base
+
+
+def _misplaced(target: Target, path: str, embedding: bool) -> str:
+    """Why factors cannot go to this module; "" where they can."""
+    if path not in target.aliases:
+        return f"the model has no module {path}"
+    place = target.places.get(path)
+    if place is None:
+        return f"{path} has no LoRA" if target.adapted else f"{path} is a layer that cannot have LoRA"
+    if place.refusal:
+        return f"{path} cannot get LoRA: {place.refusal}"
+    if place.embedding != embedding:
+        return f"{path} is {'an' if place.embedding else 'no'} embedding"
+    return ""
+
+
+def _check_pairs(result: Comparison, files: AdapterFiles, target: Target | None) -> None:
+    if target is not None and target.adapted:
+        for place in target.own_places():
+            if place.path not in result.factors:
+                for part in ("lora_a", "lora_b"):
+                    result.add("missing", factor_key(place.path, part, place.embedding), f"{place.path} has LoRA")
+    for path, parts in result.factors.items():
+        key = next(iter(parts.values()))
+        for part in {"lora_a", "lora_b"}.difference(parts):
+            result.add("missing", factor_key(path, part, "lora_embedding_" in key), f"only {key} is there")
+    if not result.factors and not any(finding.kind == "extra" for finding in result.findings):
+        result.add("missing", str(files.directory), "there is no tensor of a LoRA layer in the file")
+
+
+def _check_targets(result: Comparison, config: AdapterConfig, target: Target) -> None:
+    """The layers that the config names against those the file has tensors for."""
+    try:
+        named = config.targets(target.names)
+    except PatternError as error:
+        result.add("note", "target_modules", f"not compared with the tensors, because {error}")
+        return
+    if named is None:
+        return
+    for path in result.factors:
+        if path not in named and not named.intersection(target.places[path].names):
+            for key in result.factors[path].values():
+                result.add("extra", key, f"the config does not target {path}")
+    for name in sorted(named):
+        place = target.places.get(name)
+        if place is None or place.path not in result.factors:
+            detail = f"the config targets {name}, the file has no tensors for it"
+            if not any(finding.kind == "missing" and f".{name}." in finding.where for finding in result.findings):
+                result.add("missing", name, detail)
+
+
+def _check_ranks(result: Comparison, files: AdapterFiles, config: AdapterConfig, target: Target | None) -> None:
+    try:
+        result.ranks, result.alphas = config.ranks(result.factors), config.alphas(result.factors)
+    except PatternError as error:
+        result.add("config", "rank_pattern, alpha_pattern", str(error))
+        return
+    result.scales = {path: lora_scale(r, result.alphas[path], config.use_rslora) for path, r in result.ranks.items()}
+    for path, parts in result.factors.items():
+        r, place = result.ranks[path], None if target is None else target.places[path]
+        for part, key in parts.items():
+            shape = files.stored[key].shape
+            wanted = None if place is None else place.shapes(r)[part == "lora_b"]
+            axis = 0 if part == "lora_a" else 1
+            groups = place.groups if place is not None else 1
+            if len(shape) <= axis or (place is None and len(shape) < 2):
+                result.add("shape", key, f"has shape {shape}, a factor has at least two dimensions")
+            elif part == "lora_a" and shape[0] != r:
+                result.add("rank", key, f"has rank {shape[0]}, the config says {r}")
+            elif wanted is not None and shape != wanted and place is not None and place.r in (None, r):
+                result.add("shape", key, f"has shape {shape}, {path} needs {wanted}")
+            elif part == "lora_a" and r % groups:
+                result.add("rank", key, f"has rank {r}, no multiple of the {groups} groups of {path}")
+        if place is not None and place.r is not None:
+            _check_against_layer(result, place, r, result.scales[path])
+
+
+def _check_against_layer(result: Comparison, place: Place, r: int, scale: float) -> None:
+    assert place.scale is not None
+    if place.r != r:
+        result.add("rank", place.path, f"has rank {place.r} in the model, {r} in the config")
+    elif not math.isclose(place.scale, scale, rel_tol=1e-12):
+        result.add(
+            "scale",
+            place.path,
+            f"has scale {place.scale:g} in the model, {scale:g} in the config; use set_scale first, or load into the "
+            "model without LoRA",
+        )
+
+
+def _check_metadata(result: Comparison, files: AdapterFiles) -> None:
+    """What save_adapter wrote beside the weights, against the config beside them."""
+    text = files.metadata.get(METADATA_KEY)
+    if text is None:
+        result.add("note", METADATA_KEY, "not written by save_adapter: a scale changed in the config would not show")
+        return
+    try:
+        known = {name: (int(r), float(scale)) for name, (r, scale) in json.loads(text)["layers"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        result.add("config", METADATA_KEY, "the metadata of the weights cannot be read")
+        return
+    for path in result.scales.keys() & known.keys():
+        r, scale = known[path]
+        if r == result.ranks[path] and not math.isclose(scale, result.scales[path], rel_tol=1e-12):
+            result.add(
+                "scale",
+                path,
+                f"was saved with scale {scale:g}, the config beside it gives {result.scales[path]:g}: use_rslora, "
+                "lora_alpha, r or a pattern was changed, or a save was interrupted",
+            )
+    for path in sorted(known.keys() - result.factors.keys()):
+        if not any(finding.kind in ("missing", "extra") and path in finding.where for finding in result.findings):
+            result.add("missing", path, "was saved with LoRA, the file has no tensors for it")
+
+
+def _check_values(result: Comparison, tensors: Mapping[str, Tensor], target: Target | None) -> None:
+    layers = {key: path for path, parts in result.factors.items() for key in parts.values()}
+    for key, tensor in tensors.items():
+        if key in layers and tensor.dtype not in _FLOATS:
+            result.add("dtype", key, f"holds {tensor.dtype}, not floating numbers")
+        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            result.add("values", key, f"holds NaN or infinity in {count} of {tensor.numel()} places")
+        elif key in layers and target is not None:
+            dtype = target.places[layers[key]].dtype
+            if dtype is not None and torch.promote_types(dtype, tensor.dtype) != dtype:
+                result.add("note", key, f"is {tensor.dtype} and will be rounded to the model's {dtype}")
+
+
+def _list_base(result: Comparison, config: AdapterConfig, in_base: Mapping[str, str]) -> None:
+    for inner, key in in_base.items():
+        name = inner.rpartition(".")[2]
+        if config.bias == "none" or name != "bias":
+            result.add("base weight", key, "would be written over the base model's")
+
+
+def _check_base(
+    result: Comparison,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    target: Target,
+    in_base: Mapping[str, str],
+    overwrite_base: bool,
+) -> None:
+    biases = set(_biases(config, target, result))
+    for inner in sorted(biases.difference(in_base)):
+        result.add("missing", base_key(inner, result.factors), f"bias={config.bias!r} trains it")
+    for inner, key in in_base.items():
+        here, tensor = target.base.get(inner), tensors[key]
+        if here is None:
+            result.add("extra", key, f"the model has no {inner}")
+        elif here.shape != tensor.shape:
+            result.add("shape", key, f"has shape {tuple(tensor.shape)}, the model's {inner} has {tuple(here.shape)}")
+        elif here.is_floating_point() != tensor.is_floating_point():
+            result.add("dtype", key, f"holds {tensor.dtype}, the model's {inner} {here.dtype}")
+        elif not here.is_meta and torch.equal(here.detach().cpu(), tensor.to(here.dtype)):
+            result.add("note", key, f"is the model's own {inner}")
+        elif target.kind in ("task", "new task"):
+            result.add("base weight", key, f"would change {inner} for every task")
+        elif inner in biases or overwrite_base:
+            result.base[inner] = key
+        else:
+            result.add("base weight", key, f"would overwrite {inner}; overwrite_base=True allows it")
+    for name in config.modules_to_save:
+        if not any(f".{inner}".find(f".{name}.") >= 0 for inner in in_base):
+            result.add("missing", name, "the config has it in modules_to_save, the file has no tensors for it")
+
+
+def _biases(config: AdapterConfig, target: Target, result: Comparison) -> Iterator[str]:
+    """The biases that the config says were trained, by their keys in the base model."""
+    if config.bias == "none":
+        return
+    for key, tensor in target.base.items():
+        path, _, name = key.rpartition(".")
+        trains = config.bias == "all" or target.aliases.get(path) in result.factors
+        if trains and name == "bias" and isinstance(tensor, nn.Parameter):
+            yield key

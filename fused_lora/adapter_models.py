@@ -1,0 +1,194 @@
+"""What an adapter meets: the layers of a model that carry or can carry LoRA, and the tensors of its base.
+
+R rank.  lora_a, lora_b: in the shapes of ``modules.py`` and ``convolution.py``, which are those PEFT stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+
+from . import inject
+from .layer import LoRALayer, is_transformers_conv1d
+
+if TYPE_CHECKING:
+    from .tasks import Model
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One layer of the base model. ``r`` and ``scale`` are None where it has no LoRA yet.
+
+    ``shapes(r)`` are those of lora_a and lora_b. ``refusal`` says why LoRA cannot go here.
+    """
+
+    names: tuple[str, ...]
+    embedding: bool
+    shapes: Callable[[int], Shapes]
+    r: int | None = None
+    scale: float | None = None
+    lora: LoRALayer | None = None
+    dtype: Any = None  # of the factors
+    groups: int = 1
+    refusal: str = ""
+
+    @property
+    def path(self) -> str:
+        return self.names[0]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model as an adapter sees it.
+
+    ``kind``: "plain", "lora" (apply_lora), "task", "new task" or "peft". ``places``: by every name, the layers that
+    have LoRA; in a plain model and for a new task, all that could. ``base``: the base model's own state dict.
+    ``names``: every module's first name; ``aliases``: the first name for every name.
+    """
+
+    kind: str
+    places: dict[str, Place]
+    base: dict[str, Tensor]
+    names: list[str]
+    aliases: dict[str, str]
+
+    @property
+    def adapted(self) -> bool:
+        """Whether every place has LoRA, so that an adapter must have a tensor for each."""
+        return self.kind in ("lora", "task", "peft")
+
+    def own_places(self) -> Iterator[Place]:
+        """Each place once."""
+        return (place for name, place in self.places.items() if name == place.path)
+
+
+def look(model: nn.Module, task: str | None) -> Target:
+    """What kind of model this is, and its layers.
+
+    Raises:
+        TypeError: not a module; ``task`` for a model without tasks.
+        ValueError: tasks.Model without ``task``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    # Not isinstance: importing tasks takes a while, and who has such a model has imported it.
+    if any(kind.__module__ == f"{__package__}.tasks" for kind in type(model).__mro__):
+        return _look_at_tasks(cast("Model", model), task)
+    if task is not None:
+        raise TypeError(f"task={task!r} goes with a tasks.Model, not with a {type(model).__name__}")
+    if hasattr(model, "peft_config") and hasattr(model, "base_model"):
+        return _look_at_peft(model)
+    names = inject._named(model)
+    adapted = any(isinstance(module, LoRALayer) for module in names)
+    places = {}
+    for module, all_names in names.items():
+        if not all_names[0]:
+            continue
+        place = None
+        if isinstance(module, LoRALayer):
+            place = _of_lora(module, tuple(all_names))
+        elif not adapted:
+            place = _of_plain(module, tuple(all_names))
+        if place is not None:
+            places.update(dict.fromkeys(all_names, place))
+    base = {key: t for key, t in model.state_dict(keep_vars=True).items() if not _is_factor(model, key)}
+    aliases = {name: all_names[0] for all_names in names.values() for name in all_names}
+    return Target("lora" if adapted else "plain", places, base, [n for n in _first(names) if n], aliases)
+
+
+def _first(names: Mapping[nn.Module, list[str]]) -> list[str]:
+    return [all_names[0] for all_names in names.values()]
+
+
+def _is_factor(model: nn.Module, key: str) -> bool:
+    path, _, name = key.rpartition(".")
+    return name in ("lora_a", "lora_b") and isinstance(model.get_submodule(path), LoRALayer)
+
+
+def _of_lora(layer: LoRALayer, names: tuple[str, ...]) -> Place:
+    shapes = tuple(layer.lora_a.shape), tuple(layer.lora_b.shape)
+    embedding = issubclass(layer.base_type, nn.Embedding)
+    return Place(names, embedding, lambda r: shapes, layer.r, layer.scale, layer, layer.lora_a.dtype)
+
+
+def _of_plain(module: nn.Module, names: tuple[str, ...]) -> Place | None:
+    """A place over a plain layer; None for modules of other kinds."""
+    refusal = inject._refusal(module)
+    groups = 1
+    if is_transformers_conv1d(module):
+        K, N = module.get_parameter("weight").shape
+        shapes = _linear_shapes(K, N)
+    elif isinstance(module, nn.Linear):
+        shapes = _linear_shapes(module.in_features, module.out_features)
+    elif isinstance(module, nn.Embedding):
+        shapes = _linear_shapes(module.num_embeddings, module.embedding_dim)
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        C, N, groups, kernel = module.in_channels, module.out_channels, module.groups, module.kernel_size
+
+        def shapes(r: int) -> Shapes:
+            return (r, C, *kernel), (N, r // groups, *([1] * len(kernel)))
+    else:
+        return None
+    return Place(names, isinstance(module, nn.Embedding), shapes, groups=groups, refusal=refusal)
+
+
+def _linear_shapes(inputs: int, outputs: int) -> Callable[[int], Shapes]:
+    return lambda r: ((r, inputs), (outputs, r))
+
+
+def _look_at_tasks(model: Model, task: str | None) -> Target:
+    from . import task_state
+    from .task_layer import TaskLayer
+
+    if task is None:
+        raise ValueError(f"a tasks.Model needs task=...; tasks: {', '.join(model.tasks) or 'none yet'}")
+    new = task not in model.tasks
+    places: dict[str, Place] = {}
+    all_names: dict[nn.Module, list[str]] = {}
+    paths = task_state._paths(model.model)
+    for name, module in model.model.named_modules(remove_duplicate=False):
+        plain = task_state._plain_key(name, paths)
+        if plain is not None and not isinstance(module, TaskLayer):
+            all_names.setdefault(module, []).append(plain)
+    for layer in model.lora_layers():
+        names = tuple(all_names[layer.base])
+        if layer.registered:
+            place: Place | None = Place(names, False, lambda r: ((), ()), refusal="it has a registered wrapper")
+        elif new:
+            place = _of_plain(layer.base, names)
+        else:
+            place = _of_lora(layer.tasks[task], names)  # type: ignore[arg-type]
+        assert place is not None
+        places.update(dict.fromkeys(names, place))
+    base = dict(task_state.base_state(model.model, "", True))
+    aliases = {name: names[0] for names in all_names.values() for name in names}
+    return Target("new task" if new else "task", places, base, [n for n in _first(all_names) if n], aliases)
+
+
+def _look_at_peft(model: Any) -> Target:
+    """A PeftModel with its active adapter; for checks."""
+    from peft.tuners.lora import LoraLayer
+
+    adapter, root = model.active_adapter, model.base_model.model
+    layers = {name: module for name, module in root.named_modules() if isinstance(module, LoraLayer)}
+    places = {name: _of_peft(module, adapter, (name,)) for name, module in layers.items() if adapter in module.scaling}
+    inside = tuple(f"{name}." for name in layers)
+    names = [name for name, _ in root.named_modules() if name and not name.startswith(inside)]
+    state = root.state_dict(keep_vars=True)
+    base = {key.replace(".base_layer.", "."): tensor for key, tensor in state.items() if ".lora_" not in key}
+    return Target("peft", places, base, names, {name: name for name in names})
+
+
+def _of_peft(layer: Any, adapter: str, names: tuple[str, ...]) -> Place:
+    embedding = adapter in layer.lora_embedding_A
+    if embedding:
+        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    else:
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    shapes = tuple(a.shape), tuple(b.shape)
+    return Place(names, embedding, lambda r: shapes, layer.r[adapter], float(layer.scaling[adapter]), dtype=a.dtype)
