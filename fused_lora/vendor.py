@@ -155,6 +155,15 @@ def _expand_upcast(x: Tensor, w: Tensor, bias: Tensor | None, t: Tensor, b: Tens
     return y
 
 
+def _easy_columns(b: Tensor, dy: Tensor) -> Tensor:
+    """``b``, laid out so that dy b is fast.
+
+    On a CPU a float32 product with at most 8 columns takes two to four times as long over contiguous rows as over
+    contiguous columns (AMD EPYC, torch 2.13, 2026-11-25).
+    """
+    return b.t().contiguous().t() if b.shape[1] <= 8 and dy.device.type == "cpu" else b
+
+
 def grad_b(
     dy: Tensor,
     b: Tensor | None,
@@ -169,26 +178,27 @@ def grad_b(
     """
     acc = acc_dtype(dtype)
     ds = db = None
+    b = None if b is None else _easy_columns(b, dy)
     if _native(dy, dtype, upcast):
         if b is not None:
             ds = torch.mm(dy, b).to(acc).mul_(scale)
         if s is not None:
             t = (s * scale).to(dtype)
-            # On a CPU the product with the long operand untransposed can be several times faster, and never slower.
             db = torch.mm(t.t(), dy).t().contiguous() if dy.device.type == "cpu" else torch.mm(dy.t(), t)
         return ds, db
     if b is not None:
         b = b.to(acc)
         ds = dy.new_empty(dy.shape[0], b.shape[1], dtype=acc)
     if s is not None:
-        db = dy.new_zeros(dy.shape[1], s.shape[1], dtype=acc)
+        # Transposed: on a CPU dyᵀ s takes up to ten times as long as sᵀ dy (AMD EPYC, torch 2.13, 2026-11-25).
+        db = dy.new_zeros(s.shape[1], dy.shape[1], dtype=acc)
     for i, j in _row_blocks(dy):
         block = dy[i:j].to(acc)
         if b is not None and ds is not None:
             torch.mm(block, b, out=ds[i:j])
         if s is not None and db is not None:
-            db.addmm_(block.t(), s[i:j])
-    return None if ds is None else ds.mul_(scale), None if db is None else db.mul_(scale).to(dtype)
+            db.addmm_(s[i:j].t(), block)
+    return None if ds is None else ds.mul_(scale), None if db is None else db.mul_(scale).t().to(dtype).contiguous()
 
 
 def grad_x(
