@@ -37,7 +37,7 @@ def build(dropout):
 
 
 class LossesAndGradients(transformers.TrainerCallback):
-    """Loss and size of the gradient at every optimizer step, in full precision, and which parameters have a gradient."""
+    """Loss and size of the gradient at every optimizer step, in full precision, and what has a gradient."""
 
     def __init__(self):
         self.losses, self.norms, self.with_gradient = [], [], set()
