@@ -43,12 +43,12 @@ def figure(path: Path, panels: int = 1, size: tuple[float, float] = (6, 4.2)) ->
     from matplotlib import pyplot as plt
 
     shown, axes = plt.subplots(1, panels, figsize=(size[0] * panels, size[1]), layout="constrained", squeeze=False)
+    for ax in axes[0]:
+        ax.grid(axis="y", color="#e6e8ec")
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
     try:
         yield axes[0]
-        for ax in axes[0]:
-            ax.grid(axis="y", color="#e6e8ec")
-            ax.set_axisbelow(True)
-            ax.spines[["top", "right"]].set_visible(False)
         shown.savefig(path, dpi=150)
     finally:
         plt.close(shown)
