@@ -139,6 +139,8 @@ def _rank_factors(t: Tensor, f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     if f.dtype != dtype:
         left.append(t_high)
         right.append((f - f_high).to(dtype))
+    if f.stride(0) == 1:  # a transposed factor stays one: copying it row by row would take longer than the product
+        return torch.cat(left, dim=1), torch.cat([half.t() for half in right], dim=1).t()
     return torch.cat(left, dim=1), torch.cat(right, dim=0)
 
 
