@@ -1,0 +1,174 @@
+"""What loralib's layers share: their settings, and a weight that is merged by ``eval()`` and restored by ``train()``.
+
+weight: the frozen base, or base + ΔW while ``merged``;  ΔW = scaling · lora_B lora_A in the layout of weight.
+
+loralib adds ΔW to the weight in place and subtracts it again, which drifts, and corrupts the weight where a factor or
+the weight was loaded in between. Here the base is kept beside the merged weight, so ``train()`` restores its bits, and
+what changes while merged is followed. Users see the same: ``weight`` holds the sum while ``merged``, in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...checks import autocasting
+from ...dropout import check_p
+
+
+class LoRALayer:
+    """The settings of a LoRA layer; a mixin, so that ``isinstance(module, LoRALayer)`` finds the layers.
+
+    Attributes: ``r``, ``lora_alpha``, ``lora_dropout`` (a module), ``merged``, ``merge_weights``.
+
+    Raises:
+        ValueError: r below 0; lora_dropout outside [0, 1].
+    """
+
+    merged: bool = False
+
+    def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool):
+        if r < 0:
+            raise ValueError(f"r must be at least 0 (0: no LoRA), got {r}")
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = nn.Dropout(check_p(lora_dropout)) if lora_dropout else nn.Identity()
+        self.merged = False
+        self.merge_weights = merge_weights
+
+
+class MergingLayer(LoRALayer, nn.Module):
+    """A LoRA layer that merges; not for direct use. A subclass defines ``_delta_weight``."""
+
+    weight: Tensor
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scaling: float
+    _base: Tensor | None = None  # weight without ΔW; None while not merged, and where a file brought the merged weight
+    _sum: tuple[int, ...] = ()  # weight as merging left it
+    _merged_from: tuple[Any, ...] = ()  # the scaling and the factors that were merged
+
+    def _set_up(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
+        LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
+        self.register_load_state_dict_post_hook(_settle)
+
+    def _add_factors(self, shape_a: tuple[int, int], shape_b: tuple[int, int]) -> None:
+        """Freeze weight and put the factors, not yet initialised, beside it."""
+        self.lora_A = nn.Parameter(self.weight.new_zeros(shape_a))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(shape_b))
+        self.scaling = self.lora_alpha / self.r
+        self.weight.requires_grad = False
+
+    @property
+    def _adapts(self) -> bool:
+        """Whether the layer has factors; without, it is its base layer."""
+        return "lora_A" in self._parameters
+
+    def _delta_weight(self) -> Tensor:
+        """ΔW in the layout of weight, in float32 (float64 for a float64 layer)."""
+        raise NotImplementedError
+
+    def _product(self, b: Tensor) -> Tensor:
+        """scaling · b lora_A in float32 or wider, whatever autocast says."""
+        acc = torch.promote_types(self.lora_A.dtype, torch.float32)
+        kind = b.device.type
+        with torch.autocast(kind, enabled=False) if autocasting(kind) else contextlib.nullcontext():
+            return torch.mm(b.to(acc), self.lora_A.to(acc)) * self.scaling
+
+    def train(self, mode: bool = True) -> MergingLayer:
+        """Unmerge for training, merge for evaluation, unless ``merge_weights`` is False; return the layer."""
+        super().train(mode)
+        if self.merge_weights and self.merged == bool(mode):
+            self._unmerge() if mode else self._merge()
+        return self
+
+    def _merge(self) -> None:
+        if self._adapts:
+            # A tensor made under inference_mode could not be used in a later training step.
+            with torch.inference_mode(False), torch.no_grad():
+                self._base = self.weight.detach().clone()
+                self.weight.data.copy_(self._delta_weight().add_(self._base))
+            self._sum, self._merged_from = _versions(self.weight), self._factor_versions()
+        self.merged = True
+
+    def _unmerge(self) -> None:
+        if self._adapts:
+            with torch.inference_mode(False), torch.no_grad():
+                if self._base is not None and self._exact:
+                    self.weight.data.copy_(self._base)
+                else:
+                    self.weight.data.copy_(self._delta_weight().neg_().add_(self.weight))
+        self._base, self.merged = None, False
+
+    @property
+    def _exact(self) -> bool:
+        """Whether weight is still what merging left, so that its base is known and not computed."""
+        return self._base is not None and self._sum == _versions(self.weight)
+
+    def _factor_versions(self) -> tuple[Any, ...]:
+        return (self.scaling, *_versions(self.lora_A), *_versions(self.lora_B))
+
+    def _runs_as_base(self) -> bool:
+        """Whether forward is the base layer's with the present weight. That follows its factors first."""
+        if not self.merged or not self._adapts:
+            return not self._adapts
+        if not torch.compiler.is_compiling() and self._merged_from != self._factor_versions() and self._exact:
+            self._unmerge()
+            self._merge()
+        return True
+
+    def _tie(self) -> None:
+        """Make one parameter with two names one again, after a conversion or an assigning load."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MergingLayer:
+        # The base has to follow too, and converting the sum would round it twice.
+        exact = self._exact
+        if exact:
+            self._unmerge()
+        super()._apply(fn, recurse)
+        self._tie()
+        if exact:
+            self._merge()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Versions start anew in a copy: weight is what merging left, the factors are to be looked at once.
+        self._sum, self._merged_from = _versions(self.weight), ()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None and self._adapts:
+            metadata["merged"] = self.merged
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        was_merged = self.merged
+        whole = self._adapts and prefix + "weight" in state_dict and prefix + "lora_A" in state_dict
+        # loralib's files do not say what their weight is. In loralib a merged layer takes it for merged, and so here.
+        self._loading = was_merged, whole and local_metadata.get("merged", was_merged)
+        if was_merged:
+            self._unmerge()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def _settle(layer: MergingLayer, _incompatible_keys: Any) -> None:
+    """Runs after a layer and its children are loaded: what the file held becomes what the layer's state wants."""
+    layer._tie()
+    was_merged, file_is_merged = layer.__dict__.pop("_loading", (layer.merged, False))
+    if file_is_merged:
+        layer.merged = True
+        if not was_merged:
+            layer._unmerge()
+    elif was_merged and not layer.merged:
+        layer._merge()
+
+
+def _versions(t: Tensor) -> tuple[int, ...]:
+    # Inference tensors count no versions: they cannot be written outside inference mode either.
+    return id(t), 0 if t.is_inference() else t._version

@@ -1,0 +1,62 @@
+"""Whether one call of a peer's linear layer can take the fused operator, and the call itself.
+
+x (..., K)   weight W (N, K)   bias (N,)   lora_a (R, K)   lora_b (N, R)   y (..., N)
+
+A drop-in's layer lets its user do what the peer's does: train the base weight, hook or replace a submodule, shard or
+quantise a tensor. Where the operator would not honour that, the layer computes the peer's own expression. Every
+condition is looked at anew in each call; reasons are constants, so that a traced forward handles no strings.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.linear import lora_linear
+from ..peft_parts import _foreign, _global_hooks, _plain, _traced_elsewhere, compute_dtype
+
+TRAINABLE = "the base weight is trainable, and the fused backward has no gradient for it"
+TENSORS = "a weight is not a plain tensor (quantised, or a sharded DTensor)"
+FACTORS = "the dropout or a factor was replaced by a module of another kind, or given a bias"
+HOOKS = "the dropout or a factor carries hooks or a forward of its own"
+INPUT = "x is not a plain dense tensor with data"
+DTYPES = "the dtypes go together in no regime of the operator"
+TRACED = "a functorch transform, forward-mode AD, a dispatch mode or a tracer is active"
+
+
+def refusal(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dropout: nn.Module, *factors: nn.Module
+) -> str:
+    """Why this call must compute the peer's own expression; "" where it can run fused. Changes nothing.
+
+    ``factors``: the modules that hold a and b, where the peer has any.
+    """
+    if weight.requires_grad and torch.is_grad_enabled():
+        return TRAINABLE
+    if not (_plain(weight) and _plain(a) and _plain(b) and (bias is None or _plain(bias))):
+        return TENSORS
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        return FACTORS
+    if any(type(factor) is not nn.Linear or factor.bias is not None for factor in factors):
+        return FACTORS
+    if _global_hooks() or any(_foreign(module) for module in (dropout, *factors)):
+        return HOOKS
+    if not _plain(x) or x.layout is not torch.strided or x.is_nested or x.device.type == "meta":
+        return INPUT
+    if a.dtype != b.dtype or compute_dtype(x.dtype, weight.dtype, a.dtype, x.device.type, True) is None:
+        return DTYPES
+    return TRACED if _traced_elsewhere() else ""
+
+
+def fused(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: nn.Module
+) -> Tensor:
+    """``y = x Wᵀ + bias + scale · (drop(x) lora_aᵀ) lora_bᵀ`` for a call without a :func:`refusal`.
+
+    The mask is the operator's own: nn.Dropout's distribution, not its bits.
+
+    Raises:
+        ValueError: shapes or devices that do not fit; a scale that is not finite.
+    """
+    p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+    return lora_linear(x, weight, a, b, scale, bias, dropout_p=p, training=dropout.training)
