@@ -1,13 +1,20 @@
 """Compile every kernel in every shipped tile without a GPU, and say what the compiler made of it.
 
     python bench/kernel_health.py                       sm_80, sm_90, sm_100, every regime
+    python bench/kernel_health.py --arch all --output health.json
     python bench/kernel_health.py --arch 90 --kernel gemm --regime bfloat16
     python bench/kernel_health.py --quick               bf16 and mixed bf16, ranks up to 16
 
-One line per compiled kernel: registers, bytes spilled, shared memory against the chip's limit, which tensor-core
-and bulk-copy instructions are in it, and whether ptxas serialized wgmma (C7510 to C7515). Exit code 1 on a breach:
-a spill, too much shared memory (or more than ``tiles.py`` reckons), serialized wgmma, a descriptor form without bulk
-copies.
+One line per compiled kernel: registers, bytes spilled, shared memory against the chip's limit, and of its main loop the
+instructions, the tensor-core instructions and the asynchronous copies. Exit code 1 on a breach:
+
+* a spill, too much shared memory (or more than ``tiles.py`` reckons), wgmma that ptxas serialized (C7510 to C7515);
+* no tensor-core instruction in the main loop, where the dtype has one;
+* no asynchronous copy there, in a tile of several stages; for the descriptor form, no bulk copy;
+* on sm_90, a main loop of expand or grad_x that does more than the plain GEMM's: the same kernel in the same tile
+  without the low-rank product, bias and mask is compiled too, and a step may hold no instruction that the plain one
+  lacks: in the PTX none but comparisons of a tile's bounds, in the SASS none that does work (``kernel_loops.py`` says
+  which); the difference in all SASS instructions, ptxas's bookkeeping included, is printed.
 
 The launchers are called with meta tensors and Triton's launch is replaced by one that notes its arguments, so what is
 compiled is what would be launched. Triton caches the results: a second run takes seconds.
@@ -17,14 +24,17 @@ import argparse
 import contextlib
 import io
 import itertools
+import json
 import multiprocessing
 import re
 import sys
-import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import kernel_loops
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -44,6 +54,7 @@ POINTERS = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int64: "i64",
 }  # fmt: skip
 M, N, K = 8192, 4096, 4096
+KIND = "fused-lora kernel health"
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Health:
-    """What one kernel of a case compiled to."""
+    """What one kernel of a case compiled to. ``loop``: instructions, tensor-core ones, copies, bulk ones of them."""
 
     case: Case
     kernel: str
@@ -67,31 +78,68 @@ class Health:
     spill: int
     shared: int
     reckoned: int
-    instructions: str
     serialized: bool
-    seconds: float
+    loop: tuple[int, int, int, int]
+    plain: tuple[int, int] | None  # SASS instructions of the main loop, and of the plain GEMM's, where compared
+    extra: dict[str, int]  # the instructions that do work and the plain GEMM's loop lacks
 
     @property
     def breaches(self) -> list[str]:
-        limit = CHIPS[self.case.arch].shared_limit
+        chip = CHIPS[self.case.arch]
+        _, tensor, copies, bulk = self.loop
         found = [(self.spill > 0, f"{self.spill} B spilled"), (self.serialized, "wgmma serialized")]
-        found += [(self.shared > limit, f"shared memory over the chip's {limit}")]
+        found += [(self.shared > chip.shared_limit, f"shared memory over the chip's {chip.shared_limit}")]
         found += [(self.shared > self.reckoned, f"shared memory over the {self.reckoned} that tiles.py reckons")]
-        found += [("descriptor" in self.kernel and "bulk" not in self.instructions, "no bulk copy")]
+        multiplies = self.kernel != "_reduce_kernel" and self.case.regime != "float32"
+        found += [(multiplies and not tensor, "no tensor-core instruction in the main loop")]
+        found += [(self.pipelined and not copies, "no asynchronous copy in the main loop")]
+        found += [("descriptor" in self.kernel and not bulk, "no bulk copy in the main loop")]
+        more = ", ".join(f"{times} {name}" for name, times in self.extra.items())
+        found += [(bool(self.extra), f"per step more than the plain GEMM: {more}")]
         return [text for wrong, text in found if wrong]
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether the tile asks for copies in flight. On chips without wgmma ``both`` reads t in two orders, and the
+        pipeliner then loads it into registers; on AMD's chips it does so always."""
+        chip, tile = CHIPS[self.case.arch], ran_with(self.case.tile, self.kernel)
+        kernels = ("_shrink", "_outer", "_gemm") + ("_both",) * chip.warp_groups
+        return not chip.hip and self.kernel.startswith(kernels) and tile.num_stages > 1
 
     def row(self) -> str:
         case, limit = self.case, CHIPS[self.case.arch].shared_limit
-        numbers = f"{self.registers:4d} {self.spill:6d} {self.shared:7d}/{limit:6d} {self.instructions:14s}"
+        numbers = f"{self.registers:4d} {self.spill:6d} {self.shared:7d}/{limit:6d} "
+        numbers += " ".join(f"{number:4d}" for number in self.loop[:3])
+        numbers += f" {self.plain[0] - self.plain[1]:+4d}" if self.plain else "     "
         flags = ("drop " if case.dropout else "     ") + f"{describe(case.tile, self.kernel):24s}"
-        head = f"{case.arch:>6s} {case.regime:14s} {self.kernel:24s} {flags}"
-        return f"{head} {numbers} {self.seconds:5.1f}s {'; '.join(self.breaches)}"
+        head = f"{case.arch:>6s} {case.regime:14s} {case.piece:9s} {self.kernel:23s} {flags}"
+        return f"{head} {numbers} {'; '.join(self.breaches)}"
+
+    def record(self) -> list[object]:
+        """The same for the JSON, in the order of ``COLUMNS``."""
+        case, plain = self.case, self.plain or (None, None)
+        head = [case.arch, case.regime, case.piece, self.kernel, describe(case.tile, self.kernel), case.dropout]
+        numbers = [self.registers, self.spill, self.shared, CHIPS[case.arch].shared_limit, self.serialized]
+        return [*head, *numbers, *self.loop, *plain, self.breaches]
+
+
+COLUMNS = [
+    "arch", "regime", "piece", "kernel", "tile", "dropout", "registers", "spilled_bytes", "shared_bytes",
+    "shared_limit", "serialized", "loop_instructions", "loop_tensor", "loop_copies", "loop_bulk_copies", "sass_loop",
+    "sass_plain_loop", "breaches",
+]  # fmt: skip
+
+
+def ran_with(tile: object, kernel: str) -> object:
+    """The part of a tile that a kernel ran with."""
+    if isinstance(tile, tiles.GradBTile):
+        return {"_both_kernel": tile.both, "_shrink_kernel": tile.ds, "_outer_kernel": tile.db}.get(kernel, tile.ds)
+    return tile
 
 
 def describe(tile: object, kernel: str) -> str:
     """A tile as 128x64x16 w8 s4: the part of it that the kernel ran with."""
-    if isinstance(tile, tiles.GradBTile):
-        tile = {"_both_kernel": tile.both, "_shrink_kernel": tile.ds, "_outer_kernel": tile.db}.get(kernel, tile.ds)
+    tile = ran_with(tile, kernel)
     blocks = "x".join(str(value) for name, value in vars(tile).items() if name.startswith("block"))
     return f"{blocks} w{tile.num_warps}" + (f" s{tile.num_stages}" if hasattr(tile, "num_stages") else "")
 
@@ -196,15 +244,31 @@ def compiled(kernel: JITFunction, args: tuple, options: dict, target: GPUTarget)
 def reckoned_shared(case: Case, kernel: str) -> int:
     """What tiles.py says this kernel may take, or the chip's limit for a kernel that tiles.py does not size."""
     problem = tiles.Problem(M, N, K, rank_block(case.tile), *tiles.REGIMES[case.regime])
-    tile = case.tile
-    if isinstance(tile, tiles.GradBTile):
-        tile = {"_both_kernel": tile.both, "_shrink_kernel": tile.ds, "_outer_kernel": tile.db}.get(kernel)
+    tile = ran_with(case.tile, kernel)
     if isinstance(tile, tiles.SkinnyTile) and kernel != "_reduce_kernel":
         name = kernel.strip("_").removesuffix("_kernel")
         return tiles.skinny_shared_bytes(tile, problem, name, CHIPS[case.arch])
     if isinstance(tile, tiles.GemmTile) and kernel != "_lowrank_kernel":
         return tiles.gemm_shared_bytes(tile, problem)
     return CHIPS[case.arch].shared_limit
+
+
+def plain_gemm(kernel: JITFunction, args: tuple) -> tuple:
+    """Arguments of the plain GEMM: the same tile and operands without the low-rank product, biases and mask."""
+    # What only the low-rank product reads is the same everywhere, so that equal plain GEMMs are compiled once.
+    lowrank = dict.fromkeys(("s_ptr", "f_ptr", "bias_ptr", "lora_bias_ptr", "seed_ptr"))
+    lowrank |= {"stride_fr": 16, "stride_fp": 16, "LOWRANK_PRECISION": "ieee", "BLOCK_R": 16}
+    return tuple(lowrank.get(param.name, arg) for param, arg in zip(kernel.params, args, strict=True))
+
+
+def against(asm: dict, plain: dict) -> tuple[tuple[int, int], dict[str, int]]:
+    """(SASS instructions per step of the main loop, of the plain one's), and what the plain PTX or SASS lacks."""
+    ptx, plain_ptx = (kernel_loops.main_loop(each["ptx"]) for each in (asm, plain))
+    sass, plain_sass = (kernel_loops.main_loop(kernel_loops.machine_code(each["cubin"])) for each in (asm, plain))
+    assert plain_ptx and plain_sass, "a GEMM without a main loop"
+    extra = kernel_loops.ptx_work(ptx) - kernel_loops.ptx_work(plain_ptx)
+    extra += kernel_loops.sass_work(sass) - kernel_loops.sass_work(plain_sass)
+    return (sass.total(), plain_sass.total()), dict(extra)
 
 
 def examine(case: Case) -> list[Health]:
@@ -216,49 +280,98 @@ def examine(case: Case) -> list[Health]:
         call(case)
     found = []
     for kernel, args, options in noted:
-        start = time.perf_counter()
         result, log = compiled(kernel, args, options, target)
-        seconds = time.perf_counter() - start
         text = result.asm["amdgcn" if hip else "ptx"]
-        patterns = ("mfma", "v_mfma"), ("wgmma", "wgmma.mma_async"), ("tcgen05", "tcgen05.mma"), ("mma", "mma.sync")
-        names = [name for name, pattern in (*patterns, ("bulk", "cp.async.bulk.tensor")) if pattern in text]
-        registers, spills = (text, text) if hip else (log, log)
-        registers = re.search(r"\.vgpr_count: +(\d+)" if hip else r"Used (\d+) registers", registers)
-        spills = re.findall(r"\.vgpr_spill_count: +(\d+)" if hip else r"(\d+) bytes spill", spills)
-        name, serialized = kernel.__name__, "serialized" in log
+        registers = re.search(r"\.vgpr_count: +(\d+)" if hip else r"Used (\d+) registers", text if hip else log)
+        spills = re.findall(r"\.vgpr_spill_count: +(\d+)" if hip else r"(\d+) bytes spill", text if hip else log)
+        name, plain, extra = kernel.__name__, None, {}
+        if case.arch == "90" and name.startswith("_gemm") and args[kernel.arg_names.index("s_ptr")] is not None:
+            other, _ = compiled(kernel, plain_gemm(kernel, args), options, target)
+            plain, extra = against(result.asm, other.asm)
         found.append(
             Health(case, name, int(registers[1]), sum(map(int, spills)), result.metadata.shared,
-                   reckoned_shared(case, name), "+".join(names) or "-", serialized, seconds)
+                   reckoned_shared(case, name), "serialized" in log, loop_of(text), plain, extra)
         )  # fmt: skip
     return found
 
 
+def loop_of(text: str) -> tuple[int, int, int, int]:
+    """(instructions, tensor-core instructions, copies, bulk copies) of the main loop."""
+    loop: Counter[str] = kernel_loops.main_loop(text)
+    kinds = (kernel_loops.TENSOR, kernel_loops.COPY, kernel_loops.BULK_COPY)
+    return loop.total(), *(kernel_loops.count(loop, kind) for kind in kinds)
+
+
+def sections(content: dict, name: str) -> list[str]:
+    """The JSON as Markdown: what compiled for each chip, and the main loops beside the plain GEMM's."""
+    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
+    lines = [f"### What the kernels compile to (`{name}`)", ""]
+    lines += ["| chip | kernels | registers, most | bytes spilled | shared memory, most / limit | serialized wgmma |"
+              " without tensor cores (float32) | breaches |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for arch in dict.fromkeys(row["arch"] for row in rows):
+        its = [row for row in rows if row["arch"] == arch]
+        most, spilled = (max(row["registers"] for row in its), sum(row["spilled_bytes"] for row in its))
+        shared, limit = max((row["shared_bytes"], row["shared_limit"]) for row in its)
+        bare = sum(not row["loop_tensor"] and row["kernel"] != "_reduce_kernel" for row in its)
+        lines += [
+            f"| {'' if arch.startswith('gfx') else 'sm_'}{arch} | {len(its)} | {most} | {spilled} | {shared} / {limit} "
+            f"| {sum(row['serialized'] for row in its)} | {bare} | {sum(bool(row['breaches']) for row in its)} |"
+        ]
+    compared = [row for row in rows if row["sass_loop"] is not None]
+    if compared:
+        lines += ["", f"### Main loop of expand and grad_x beside the plain GEMM of the same tile (`{name}`)", ""]
+        lines += ["Machine instructions per step; what is more is address and register bookkeeping.",
+                  "", "| piece | kernel | regime | tile | mask | fused | plain | tensor-core | copies |",
+                  "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        for row in compared:
+            head = (
+                f"{row['piece']} | {row['kernel'].strip('_').removesuffix('_kernel')} | {row['regime']} | {row['tile']}"
+            )
+            head += " | yes" if row["dropout"] else " | no"
+            loop = f"{row['sass_loop']} | {row['sass_plain_loop']} | {row['loop_tensor']} | {row['loop_copies']}"
+            lines += [f"| {head} | {loop} |"]
+    return [*lines, ""]
+
+
+def write(path: Path, rows: list[list[object]]) -> None:
+    """The JSON, a row a line."""
+    import measure
+
+    content = {"kind": KIND, **measure.environment(torch.device("cpu")), "columns": COLUMNS}
+    head = json.dumps(content, indent=1).removesuffix("\n}")
+    path.write_text(head + ',\n "rows": [\n' + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n ]\n}\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="80,90,100", help=f"comma-separated, of {', '.join(CHIPS)}")
+    parser.add_argument("--arch", default="80,90,100", help=f"comma-separated, of {', '.join(CHIPS)}; or all")
     parser.add_argument("--regime", default=",".join(tiles.REGIMES), help="comma-separated dtypes of layer and adapter")
     parser.add_argument("--kernel", default="", help="only pieces and kernels whose name contains this")
     parser.add_argument("--quick", action="store_true", help="bf16 and mixed bf16, ranks up to 16")
+    parser.add_argument("--output", type=Path, help="write a JSON of all of it")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(argv)
     regimes = ["bfloat16", "mixed bfloat16"] if options.quick else options.regime.split(",")
-    chosen = list(cases(options.arch.split(","), regimes, 16 if options.quick else 64))
+    archs = list(CHIPS) if options.arch == "all" else options.arch.split(",")
+    chosen = list(cases(archs, regimes, 16 if options.quick else 64))
     if options.kernel in {case.piece for case in chosen}:
         chosen = [case for case in chosen if case.piece == options.kernel]
 
-    print(f"{'arch':>6s} {'regime':14s} {'kernel':24s} {'mask, tile':29s} regs spill B shared B/limit  instructions")
-    breached = total = 0
-    seen = set()
+    print(f"{'':106s} main loop: instructions, of them on tensor cores and copies; SASS beyond the plain GEMM's")
+    head = f"{'arch':>6s} {'regime':14s} {'piece':9s} {'kernel':23s} {'mask, tile':29s}"
+    print(f"{head} regs spill B shared B/limit  inst tens copy more")
+    records: dict[str, list[object]] = {}
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
         for rows in pool.map(examine, chosen, chunksize=4):
             for health in rows:
                 line = health.row()
-                if options.kernel in health.kernel + health.case.piece and line not in seen:
+                if options.kernel in health.kernel + health.case.piece and line not in records:
                     print(line, flush=True)
-                    seen.add(line)
-                    total += 1
-                    breached += bool(health.breaches)
-    print(f"{total} kernels, {breached} with a breach (triton {triton.__version__})")
+                    records[line] = health.record()
+    breached = sum(bool(record[-1]) for record in records.values())
+    if options.output:
+        write(options.output, list(records.values()))
+    print(f"{len(records)} kernels, {breached} with a breach (triton {triton.__version__})")
     return 1 if breached else 0
 
 

@@ -1,5 +1,8 @@
-"""Every kernel in every shipped tile compiles for sm_80, sm_90 and sm_100: no spill, no serialized wgmma, it fits."""
+"""Every kernel in every shipped tile compiles for sm_80, sm_90 and sm_100: no spill, no serialized wgmma, it fits, and
+on sm_90 the main loops of expand and grad_x are those of the plain GEMM. The other chips: ``bench/kernel_health.py``.
+"""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,34 +13,101 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def kernel_health(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the tool in a process of its own: TRITON_INTERPRET, set for this one, would make nothing compilable."""
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own: TRITON_INTERPRET, set for this one, would make nothing compilable."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "bench" / "kernel_health.py"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "bench"), environment.get("PYTHONPATH"))))
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def kernel_health(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(str(ROOT / "bench" / "kernel_health.py"), *arguments)
 
 
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
-def test_every_shipped_tile_compiles_clean(arch):
-    result = kernel_health("--arch", arch, "--regime", "bfloat16,mixed bfloat16,float32")
+def test_every_shipped_tile_compiles_clean(arch, tmp_path):
+    output = tmp_path / "health.json"
+    result = kernel_health("--arch", arch, "--regime", "bfloat16,mixed bfloat16,float32", "--output", str(output))
     assert result.returncode == 0, result.stdout + result.stderr
     assert " 0 with a breach" in result.stdout
     kernels = ("_shrink", "_outer", "_both", "_reduce", "_lowrank", "_gemm") + ("_gemm_descriptor",) * (arch != "80")
     for kernel in kernels:
         assert f" {kernel}_kernel " in result.stdout
+    content = json.loads(output.read_text())
+    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
+    assert not any(row["breaches"] or row["spilled_bytes"] or row["serialized"] for row in rows)
+    compared = {(row["piece"], row["kernel"]) for row in rows if row["sass_plain_loop"]}
+    gemms = {(piece, f"_gemm{form}_kernel") for piece in ("expand", "grad_x") for form in ("", "_descriptor")}
+    assert compared == (gemms if arch == "90" else set())
 
 
-def test_a_breach_is_found():
-    """A tile too large for the registers is reported as spilling."""
+def test_breaches_are_found():
+    """A tile too large for the registers spills; a mask drawn in the main loop is more than the plain loop has."""
     script = (
-        "import sys\n"
-        f"sys.path.insert(0, {str(ROOT / 'bench')!r})\n"
         "import kernel_health as health\n"
         "from fused_lora.kernels import tiles\n"
         "tile = tiles.SkinnyTile(128, 128, 64, 4, 3)\n"
         "case = health.Case('80', 'mixed float16', 'shrink', tile, True)\n"
         "print([row.breaches for row in health.examine(case)])\n"
+        "asm = []\n"
+        "for masked in (True, False):\n"
+        "    case = health.Case('90', 'bfloat16', 'shrink', tiles.SkinnyTile(128, 64, 16, 8, 4), masked)\n"
+        "    with health.launches_noted() as noted:\n"
+        "        health.call(case)\n"
+        "    asm.append(health.compiled(*noted[0], health.GPUTarget('cuda', 90, 32))[0].asm)\n"
+        "print(health.against(*asm), health.against(*asm[::-1]))\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert "B spilled" in result.stdout
+    result = run("-c", script)
+    assert result.returncode == 0, result.stderr
+    spilled, compared = result.stdout.splitlines()
+    assert "B spilled" in spilled
+    assert "xor.b32" in compared
+    assert "HGMMA" not in compared
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   S2R R9, SR_CTAID.X ;
+.L_x_1:
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R44], desc[UR8][R18.64], P4 ;
+        /*0030*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0040*/             @!UP0 UMOV UR4, 0x400 ;
+        /*0050*/              @!P3 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0060*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0070*/               @P0 BRA `(.L_x_2) ;
+        /*0080*/               @P1 BRA `(.L_x_0) ;
+.L_x_3:
+        /*0090*/                   BRA `(.L_x_3);
+"""
+
+
+def test_the_main_loop_is_the_innermost_that_multiplies_and_copies(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import kernel_loops as loops
+
+    assert [sum(loop.values()) for loop in loops.innermost_loops(SASS)] == [4, 2, 1]
+    assert set(loops.main_loop(SASS)) == {"LDGSTS.E.BYPASS.128", "HGMMA.64x128x16.F32.BF16", "UMOV", "BRA"}
+    assert loops.sass_work(loops.main_loop(SASS)) == {"LDGSTS": 1, "HGMMA": 1}
+    ptx = "$L__BB0_1:\n\t@%p1 ld.shared.v4.b32 {%r1, %r2}, [%r3];\n\tsetp.lt.s32 %p1, %r1, %r2;\n"
+    ptx += "\tfma.rn.f32 %f1, %f2, %f3, %f1;\n\t@!%p1 bra $L__BB0_1;\n\tret;\n"
+    assert loops.ptx_work(loops.main_loop(ptx)) == {"ld.shared.b32": 4, "fma.rn.f32": 1, "bra": 1}
+    amd = ".LBB0_2:\n\tv_mfma_f32_32x32x8_bf16 a[0:15], v[0:1], v[2:3], a[0:15]\n\ts_cbranch_scc1 .LBB0_2\n"
+    assert loops.count(loops.main_loop(amd), loops.TENSOR) == 1
+    assert not loops.main_loop("\tret;\n")
+
+
+def test_the_report_is_made_of_the_json_alone(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import kernel_health as health
+
+    row = ["90", "bfloat16", "expand", "_gemm_kernel", "128x128x64x16 w8 s3", False, 174, 0, 98304, 232448, False]
+    row += [123, 4, 8, 0, 135, 139, []]
+    other = ["gfx942", "float32", "shrink", "_shrink_kernel", "64x32x16 w4 s3", True, 56, 8, 20480, 65536, False]
+    other += [90, 0, 2, 0, None, None, ["8 B spilled"]]
+    lines = health.sections({"columns": health.COLUMNS, "rows": [row, other]}, "x.json")
+    assert all("x.json" in line for line in lines if line.startswith("#"))
+    assert "| sm_90 | 1 | 174 | 0 | 98304 / 232448 | 0 | 0 | 0 |" in lines
+    assert "| gfx942 | 1 | 56 | 8 | 20480 / 65536 | 0 | 1 | 1 |" in lines
+    assert "| expand | gemm | bfloat16 | 128x128x64x16 w8 s3 | no | 135 | 139 | 4 | 8 |" in lines
