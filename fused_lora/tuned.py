@@ -173,6 +173,11 @@ def _tile(piece: str, form: str, fields: dict[str, Any] | None) -> Any:
     return _TILES[form](**fields)
 
 
+def entry_of(fields: dict[str, Any]) -> Entry:
+    """An entry as it stands in the JSON (``Entry.as_dict``)."""
+    return Entry(**{**fields, "tile": _tile(fields["piece"], fields["form"], fields["tile"])})
+
+
 def read(path: Path = PATH) -> tuple[dict[str, Any], ...]:
     """The chips of a table as they stand in the JSON.
 
@@ -187,8 +192,7 @@ def read(path: Path = PATH) -> tuple[dict[str, Any], ...]:
 
 def from_dict(chip: dict[str, Any], kin: bool = False) -> Tuned:
     """The table of one chip of a JSON."""
-    entries = (Entry(**{**e, "tile": _tile(e["piece"], e["form"], e["tile"])}) for e in chip["entries"])
-    return Tuned(chip["name"], chip["source"], tuple(entries), kin)
+    return Tuned(chip["name"], chip["source"], tuple(map(entry_of, chip["entries"])), kin)
 
 
 @functools.cache

@@ -1,0 +1,165 @@
+"""How ``gpu.py`` times: providers in turns, the L2 cache flushed, as CUDA graphs (no launches) and eagerly (launches).
+
+    graph   one pass captured once and replayed; the time between two events around the replay
+    eager   one pass as a training loop calls it, from an idle device to an idle device, by the host's clock
+
+Both say what a layer costs: ``graph`` what the GPU does, ``eager`` what the host adds where there are few rows. On a
+CPU there is only ``eager``.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+from measure import Pass, _flush_buffer, kept_bytes
+from providers import Inputs
+from torch import nn
+
+_WARM_UP = 2
+_FEWEST, _MOST = 7, 31  # rounds
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, quartiles and number of values, in seconds or as a ratio."""
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": float(f"{median:.6g}"), "q1": float(f"{q1:.6g}"), "q3": float(f"{q3:.6g}"), "rounds": len(values)}
+
+
+def paired(times: dict[str, list[float]], name: str, other: str) -> dict[str, float]:
+    """name / other, each ratio formed within a round."""
+    return spread([one / two for one, two in zip(times[name], times[other], strict=True)])
+
+
+def rounds_for(once: float, seconds: float) -> int:
+    """Rounds that fit into ``seconds``, where one round of all providers takes ``once``."""
+    fewest = _FEWEST if seconds > 0.1 else 2  # --quick
+    return max(fewest, min(_MOST, int(seconds / max(once, 1e-9))))
+
+
+class Subject:
+    """One provider on one case: its eager pass and, on a GPU, the graph of the same pass."""
+
+    def __init__(self, layer: nn.Module, inputs: Inputs, mode: str):
+        self.layer, self.inputs = layer, inputs
+        self.run = Pass(layer, inputs, mode)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.peak_bytes: int | None = None
+        self.kept_bytes = kept_bytes(layer, inputs.x)
+        for _ in range(_WARM_UP):
+            self.run.seconds()
+        if self.run.cuda:
+            self.peak_bytes = self._peak()
+
+    def _peak(self) -> int:
+        """The most memory one pass holds at a time beyond what is there before it: x, dy, the parameters."""
+        self.run.prepare()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.run()
+        return torch.cuda.max_memory_allocated() - before
+
+    def results(self) -> list[torch.Tensor]:
+        """y and the gradients, fresh."""
+        y = self.layer(self.inputs.x)
+        return [y.detach(), *torch.autograd.grad(y, self._leaves(), self.inputs.dy)]
+
+    def _leaves(self) -> list[torch.Tensor]:
+        return [self.inputs.x, *(p for p in self.layer.parameters() if p.requires_grad)]
+
+    def _body(self) -> None:
+        y = self.layer(self.inputs.x)
+        if self.run.backward:
+            torch.autograd.grad(y, self._leaves(), self.inputs.dy)
+
+    def capture(self, pool: tuple[int, int]) -> None:
+        """Capture the pass. ``pool`` is shared: what a graph leaves behind the next may overwrite, nobody reads it."""
+        self.run.prepare()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._body()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self._body()
+
+
+def graph_rounds(subjects: dict[str, Subject], seconds: float) -> dict[str, list[float]]:
+    """Seconds of every provider and round; all queued ahead of the GPU, so no host time is in them."""
+    graphs = {name: subject.graph for name, subject in subjects.items() if subject.graph is not None}
+    return launch_rounds({name: graph.replay for name, graph in graphs.items()}, seconds)
+
+
+def launch_rounds(launches: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """As :func:`graph_rounds`, for anything that only enqueues work: one untimed round, then rounds in random order."""
+    flush = _flush_buffer(torch.device("cuda", torch.cuda.current_device()))
+    shuffle = random.Random(0).shuffle
+
+    def one_round(names: list[str]) -> dict[str, tuple[torch.cuda.Event, torch.cuda.Event]]:
+        events = {}
+        for name in names:
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            launches[name]()
+            end.record()
+            events[name] = (start, end)
+        return events
+
+    names = list(launches)
+    one_round(names)
+    torch.cuda.synchronize()
+    before = perf_counter()
+    one_round(names)
+    torch.cuda.synchronize()
+    marks = []
+    for _ in range(rounds_for(perf_counter() - before, seconds)):
+        shuffle(names)
+        marks.append(one_round(names))
+    torch.cuda.synchronize()
+    return {name: [m[name][0].elapsed_time(m[name][1]) * 1e-3 for m in marks] for name in launches}
+
+
+def eager_rounds(subjects: dict[str, Subject], seconds: float) -> dict[str, list[float]]:
+    """Seconds of every provider and round, launches and the synchronisation at the end included."""
+    shuffle = random.Random(0).shuffle
+    names = list(subjects)
+    once = sum(subjects[name].run.seconds() for name in names)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds_for(once, seconds)):
+        shuffle(names)
+        for name in names:
+            times[name].append(subjects[name].run.seconds())
+    for subject in subjects.values():
+        subject.run.prepare()
+    return times
+
+
+def ceilings(device: torch.device, quick: bool) -> dict[str, float]:
+    """What this card reaches in this run: bytes per second of a copy (read + written), flops of a bfloat16 product."""
+    size = 1 << (22 if quick else 32 if device.type == "cuda" else 26)
+    side = 128 if quick else 8192 if device.type == "cuda" else 1024
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    left, right = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
+    launches = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(left, right)}
+    if device.type == "cuda":
+        times = launch_rounds(launches, 1.0)
+    else:
+        times = {name: [_host_seconds(launch) for _ in range(3)] for name, launch in launches.items()}
+    return {
+        "copy_bytes_per_second": 2 * size / statistics.median(times["copy"]),
+        "matmul_flops_per_second": 2 * side**3 / statistics.median(times["matmul"]),
+        "copy_bytes": size,
+        "matmul_side": side,
+    }
+
+
+def _host_seconds(launch: Callable[[], object]) -> float:
+    start = perf_counter()
+    launch()
+    return perf_counter() - start
