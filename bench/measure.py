@@ -66,13 +66,14 @@ def _flush_buffer(device: torch.device) -> Tensor:
 
 def kept_bytes(layer: nn.Module, x: Tensor) -> int:
     """Bytes that one forward keeps alive for its backward, beyond x and the parameters."""
-    own = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
+    # By the storage's own address, which a tensor on the meta device has too.
+    own = {t.untyped_storage()._cdata for t in (x, *layer.parameters())}
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -121,7 +122,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "peft", "fused-lora")},
+        **{name: _version(name) for name in ("torch", "triton", "peft", "torchtune", "loralib", "fused-lora")},
         "commit": _git("rev-parse", "--verify", "--quiet", "HEAD"),
         "dirty": None if status is None else bool(status),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from peers import loralib_layer, loralib_refusal, torchtune_layer, torchtune_refusal
 from shapes import REGIMES, SCALE, Case
 from torch import Tensor, nn
 
@@ -236,7 +237,9 @@ class Provider:
     refusal: Callable[[Case, torch.device], str] = lambda case, device: ""
 
     def build(self, inputs: Inputs, p: float) -> nn.Module:
-        return self.make(inputs, p).train()
+        layer = self.make(inputs, p)
+        layer.train()  # loralib's returns None
+        return layer
 
 
 PROVIDERS = {
@@ -250,6 +253,8 @@ PROVIDERS = {
         Provider("peft", "PEFT", _peft, _no_peft),
         Provider("addmm", "addmm-style eager", Addmm),
         Provider("beta1", "beta = 1 style (Transformer Engine)", Beta1),
+        Provider("torchtune", "torchtune", torchtune_layer, torchtune_refusal),
+        Provider("loralib", "loralib", loralib_layer, loralib_refusal),
     )
 }
 
