@@ -1,356 +1,138 @@
-"""Tables and plots of the benchmarks, from their JSON files alone; nothing is measured here.
+"""The report: tables and plots from the benchmarks' JSON files alone; nothing is measured here.
 
-    python bench/report.py out.json bench/results/paired.json --output report
+    python bench/report.py                              bench/results/*.json -> docs/performance.md, plots, README.md
+    python bench/report.py out.json --output report     any files -> report/performance.md and its plots
 
-Takes the files of ``pytest bench/ --benchmark-json=…`` and of ``bench/paired.py``; writes ``report.md`` and a PNG per
-file. LoRA tax = seconds of a provider / seconds of the frozen nn.Linear, same shape and mode. Every table and plot
-names its file.
+Every table and plot names its file. A kind of JSON is reported by the module that writes it: ``sections`` gives its
+Markdown, ``figures`` (if there) draws, ``summary`` (if there) gives the two cells of its row in the README.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-import statistics
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
-MODES = ("forward", "forward+backward")
-_COLOURS = {
-    "ours": "#d62728",
-    "ours-torch": "#ff9896",
-    "ours-triton": "#9467bd",
-    "plain": "#7f7f7f",
-    "peft": "#1f77b4",
-    "addmm": "#2ca02c",
+from markdown import heading, table
+
+ROOT = Path(__file__).resolve().parents[1]
+# In the order of the report.
+_MODULES = {
+    "fused-lora gpu": "gpu",
+    "fused-lora traffic": "traffic",
+    "fused-lora paired benchmark": "report_linear",
+    "pytest-benchmark": "report_linear",
+    "fused-lora model step": "model_step",
+    "fused-lora peft step": "peft_step",
+    "fused-lora host cost": "host_cost",
+    "fused-lora kernel health": "kernel_health",
 }
+_START, _END = "<!-- measured: written by bench/report.py -->", "<!-- end of measured -->"
+NO_GPU = "Not measured on a GPU yet: none of these files comes from one."
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio of times, with quartiles where the rounds were paired."""
-
-    median: float
-    q1: float | None = None
-    q3: float | None = None
-    rounds: int = 0
-
-    def __str__(self) -> str:
-        if self.rounds == 1:
-            return f"{self.median:.3f} (one round)"
-        return f"{self.median:.3f}" if self.q1 is None else f"{self.median:.3f} ({self.q1:.3f} to {self.q3:.3f})"
+def _kind(content: dict) -> str:
+    return "pytest-benchmark" if "machine_info" in content else str(content.get("kind"))
 
 
-@dataclass
-class Cell:
-    """The providers of one shape, mode, dtype, dropout and rank."""
-
-    case: dict
-    seconds: dict[str, float] = field(default_factory=dict)
-    tax: dict[str, Ratio] = field(default_factory=dict)
-    vs_peft: dict[str, Ratio] = field(default_factory=dict)
-    self_ratio: Ratio | None = None
-    rounds: dict[str, int] = field(default_factory=dict)
-    kept: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        case = self.case
-        shape = f"{case['set']} {case['linear']} {case['K']}→{case['N']}"
-        return f"{shape}, M {case['M']}, {case['regime']}, p {case['p']:g}, r {case['rank']}"
-
-    @property
-    def noise(self) -> float:
-        """How far from 1 the quartiles of ours / ours lie; 0 where that was not measured."""
-        own = self.self_ratio
-        return 0.0 if own is None or own.q1 is None else max(abs(own.q1 - 1), abs(own.q3 - 1))
+def _environment(content: dict) -> dict:
+    return content.get("machine_info", content)
 
 
-@dataclass
-class File:
-    """One JSON file."""
-
-    name: str
-    how: str
-    environment: dict
-    left_out: dict[str, str]
-    cells: list[Cell]
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.environment.get("device") == "cuda"
-
-
-def load(path: Path) -> File:
-    """Read a JSON of either kind.
+def load(path: Path) -> tuple[str, dict, ModuleType]:
+    """(name, content, the module that reports it).
 
     Raises:
-        ValueError: the file is of neither; the message names it.
+        ValueError: no benchmark of this folder writes such a file.
     """
     content = json.loads(path.read_text())
-    if content.get("kind") == "fused-lora paired benchmark":
-        return File(
-            path.name,
-            "paired, interleaved rounds",
-            content,
-            content["left_out"],
-            [_paired(c) for c in content["cells"]],
-        )
-    if "benchmarks" in content and "machine_info" in content:
-        how = "pytest-benchmark, providers one after another"
-        return File(
-            path.name, how, content["machine_info"], content.get("left_out", {}), _pytest_cells(content["benchmarks"])
-        )
-    raise ValueError(f"{path} was written neither by bench/paired.py nor by pytest bench/ --benchmark-json")
+    kind = _kind(content) if isinstance(content, dict) else ""
+    if kind not in _MODULES:
+        raise ValueError(f"{path} was not written by a benchmark that can be reported ({', '.join(_MODULES)})")
+    return path.name, content, importlib.import_module(_MODULES[kind])
 
 
-def _paired(cell: dict) -> Cell:
-    def read(ratios: dict) -> dict[str, Ratio]:
-        return {name: _ratio(ratio) for name, ratio in ratios.items()}
-
-    seconds = {name: value["median"] for name, value in cell["seconds"].items()}
-    rounds = {name: value["rounds"] for name, value in cell["seconds"].items()}
-    vs_peft = read(cell.get("vs_peft", {}))
-    return Cell(cell, seconds, read(cell.get("tax", {})), vs_peft, _ratio(cell["self"]), rounds, cell["kept_bytes"])
+def _in_order(files: list[tuple[str, dict, ModuleType]]) -> list[tuple[str, dict, ModuleType]]:
+    order = list(_MODULES)
+    return sorted(files, key=lambda file: (order.index(_kind(file[1])), file[0]))
 
 
-def _ratio(value: dict) -> Ratio:
-    return Ratio(value["median"], value["q1"], value["q3"], value["rounds"])
+def _on_gpu(files: list[tuple[str, dict, ModuleType]]) -> bool:
+    return any(_environment(content).get("device") == "cuda" for _, content, _ in files)
 
 
-def _pytest_cells(benchmarks: list[dict]) -> list[Cell]:
-    cells: dict[str, Cell] = {}
-    for benchmark in benchmarks:
-        info = benchmark["extra_info"]
-        cell = cells.setdefault(info["group"], Cell(info))
-        name = info["provider"]
-        cell.seconds[name] = benchmark["stats"]["median"]
-        cell.rounds[name] = benchmark["stats"]["rounds"]
-        if name != "frozen":
-            cell.kept[name] = info["kept_bytes"]
-    for cell in cells.values():
-        others = [name for name in cell.seconds if name != "frozen"]
-        if "frozen" in cell.seconds:
-            cell.tax = {name: Ratio(cell.seconds[name] / cell.seconds["frozen"]) for name in others}
-        if "peft" in cell.seconds:
-            cell.vs_peft = {name: Ratio(cell.seconds[name] / cell.seconds["peft"]) for name in others if name != "peft"}
-    return list(cells.values())
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return [
-        "",
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-        *("| " + " | ".join(row) + " |" for row in rows),
-        "",
-    ]
-
-
-def _columns(cells: list[Cell], values: str) -> list[str]:
-    found = {name for cell in cells for name in getattr(cell, values)}
-    return [name for name in _COLOURS if name in found]
-
-
-def heading(file: File) -> list[str]:
-    """What every figure of the file has to be quoted with."""
-    env = file.environment
-    versions = ", ".join(f"{name} {env[name]}" for name in ("torch", "triton", "peft", "python") if env.get(name))
-    commit = f"{env.get('commit') or 'none'}{', with uncommitted changes' if env.get('dirty') else ''}"
+def report(files: list[tuple[str, dict, ModuleType]], page: Path, pictures: Path) -> str:
+    """The whole page as Markdown; the plots are written into ``pictures``."""
     lines = [
-        f"## {file.name}",
+        "# Performance",
         "",
-        f"* measured: {file.how}, {env.get('date', 'no date')}",
-        f"* device: {env.get('device_name', 'unknown')}; CPU {env.get('cpu', 'unknown')}, {env.get('cores')} cores, "
-        f"{env.get('threads')} threads, load average at the start {env.get('load_average')}",
-        f"* versions: {versions}; commit {commit}",
+        "Written by `python bench/report.py` from the JSON files named below; `bench/README.md` says how each is made.",
+        "",
     ]
-    return lines + [f"* left out: {name}: {reason}" for name, reason in file.left_out.items()]
-
-
-def summary(file: File) -> list[str]:
-    """Ours against PEFT over all cells of the file."""
-    lines = [""]
-    for name in _columns(file.cells, "vs_peft"):
-        if not name.startswith("ours"):
-            continue
-        cells = [cell for cell in file.cells if name in cell.vs_peft]
-        worst = max(cells, key=lambda cell: cell.vs_peft[name].median)
-        slower = [cell for cell in cells if cell.vs_peft[name].median > 1]
-        median = statistics.median(cell.vs_peft[name].median for cell in cells)
-        text = (
-            f"{name} / PEFT, {len(cells)} cells of {file.name}: median {median:.3f}; slower than PEFT in {len(slower)}"
-        )
-        if worst.self_ratio is not None:
-            beyond = [cell for cell in slower if cell.vs_peft[name].median > 1 + cell.noise]
-            text += f", in {len(beyond)} of them by more than the quartiles of ours / ours"
-        text += f". Worst: {worst.vs_peft[name]} at {worst.case['mode']}, {worst.label}"
-        if worst.self_ratio is not None:
-            text += f"; there ours / ours is {worst.self_ratio}"
-        lines += [text + ".", ""]
-    return lines
-
-
-def cell_tables(file: File) -> list[str]:
-    """Per mode: the LoRA tax of every provider, ours / PEFT, and the spread of ours against itself."""
-    lines = []
-    for mode in MODES:
-        cells = [cell for cell in file.cells if cell.case["mode"] == mode]
-        if not cells:
-            continue
-        taxes = _columns(cells, "tax")
-        ours = [name for name in _columns(cells, "vs_peft") if name.startswith("ours")]
-        header = [
-            mode,
-            "frozen, ms",
-            *(f"tax {name}" for name in taxes),
-            *(f"{name} / PEFT" for name in ours),
-            "ours / ours",
-            "rounds",
-        ]
-        rows = []
-        for cell in cells:
-            floor = f"{cell.seconds['frozen'] * 1e3:.3f}" if "frozen" in cell.seconds else "-"
-            rounds = sorted(set(cell.rounds.values()))
-            rows.append(
-                [cell.label, floor]
-                + [f"{cell.tax[name].median:.3f}" if name in cell.tax else "-" for name in taxes]
-                + [str(cell.vs_peft.get(name, "-")) for name in ours]
-                + [str(cell.self_ratio or "-"), "-".join(str(r) for r in dict.fromkeys((rounds[0], rounds[-1])))]
-            )
-        lines += [f"### {mode}: LoRA tax and ours / PEFT, from {file.name}", *_table(header, rows)]
-    return lines
-
-
-def layer_tables(file: File) -> list[str]:
-    """The linears of one decoder layer summed, each as often as the layer holds it."""
-    totals: dict[tuple, dict[str, float]] = {}
-    linears: dict[tuple, set[str]] = {}
-    for cell in file.cells:
-        case = cell.case
-        key = (case["set"], case["mode"], case["M"], case["regime"], case["p"], case["rank"])
-        sums = totals.setdefault(key, dict.fromkeys(cell.seconds, 0.0))
-        linears.setdefault(key, set()).add(case["linear"])
-        totals[key] = {name: sums[name] + case["count"] * cell.seconds[name] for name in sums if name in cell.seconds}
-    kept = {key: sums for key, sums in totals.items() if len(linears[key]) > 1 and "frozen" in sums}
-    if not kept:
-        return []
-    names = [name for name in _COLOURS if any(name in sums for sums in kept.values())]
-    rows = [
-        [f"{s}, M {M}, {regime}, p {p:g}, r {r}", mode, ", ".join(sorted(linears[key])), f"{sums['frozen'] * 1e3:.3f}"]
-        + [f"{sums[name] / sums['frozen']:.3f}" if name in sums else "-" for name in names]
-        for key, sums in kept.items()
-        for s, mode, M, regime, p, r in [key]
-    ]
-    header = ["layer", "mode", "linears", "frozen, ms", *(f"tax {name}" for name in names)]
-    return [f"### The linears of a decoder layer together, from {file.name}", *_table(header, rows)]
-
-
-def kept_table(file: File) -> list[str]:
-    """Bytes kept for the backward beyond x and the parameters; they do not depend on the mode."""
-    names = _columns(file.cells, "kept")
-    rows = {
-        cell.label: [cell.label, *(f"{cell.kept[n]:,}" if n in cell.kept else "-" for n in names)]
-        for cell in file.cells
-    }
-    return [f"### Bytes kept for the backward, from {file.name}", *_table(["cell", *names], list(rows.values()))]
-
-
-def plot(file: File, path: Path) -> None:
-    """Per mode the LoRA tax and the time against PEFT, one line per cell, logarithmic."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    modes = [mode for mode in MODES if any(cell.case["mode"] == mode for cell in file.cells)]
-    by_mode = {mode: [cell for cell in file.cells if cell.case["mode"] == mode] for mode in modes}
-    heights = [len(cells) + 3 for cells in by_mode.values()]
-    figure, axes = pyplot.subplots(
-        len(modes),
-        2,
-        figsize=(15, 0.24 * sum(heights) + 1.5),
-        height_ratios=heights,
-        squeeze=False,
-        layout="constrained",
-    )
-    for (left, right), (mode, cells) in zip(axes, by_mode.items(), strict=True):
-        _dots(left, cells, "tax")
-        left.set_title(f"{mode}: LoRA tax (time / frozen nn.Linear)")
-        _dots(right, cells, "vs_peft")
-        right.set_title(f"{mode}: time / PEFT; grey: ours / ours")
-        right.set_yticklabels([])
-    entries = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
-    entries |= dict(zip(*reversed(axes[0][1].get_legend_handles_labels()), strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(_COLOURS), fontsize=8)
-    env = file.environment
-    figure.suptitle(f"{file.name}: {env.get('device_name')}, torch {env.get('torch')}, {env.get('date')}, {file.how}")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def _dots(axis, cells: list[Cell], values: str) -> None:
-    for name in _columns(cells, values):
-        found = [(-row, getattr(cell, values)[name]) for row, cell in enumerate(cells) if name in getattr(cell, values)]
-        at, ratios = [y for y, _ in found], [ratio for _, ratio in found]
-        colour = _COLOURS[name]
-        axis.plot([r.median for r in ratios], at, "o", color=colour, label=name, markersize=5 if name == "ours" else 4)
-        axis.hlines(at, [r.q1 or r.median for r in ratios], [r.q3 or r.median for r in ratios], color=colour)
-    if values == "vs_peft":
-        for row, cell in enumerate(cells):
-            if cell.self_ratio is not None:
-                axis.fill_betweenx(
-                    [-row - 0.4, -row + 0.4], cell.self_ratio.q1, cell.self_ratio.q3, color="0.85", zorder=0
-                )
-    axis.axvline(1.0, color="black", linewidth=0.8)
-    _scale(axis)
-    axis.set_yticks([-row for row in range(len(cells))], [cell.label for cell in cells], fontsize=7)
-    axis.set_ylim(-len(cells) + 0.3, 0.7)
-    axis.grid(axis="x", color="0.92")
-
-
-def _scale(axis) -> None:
-    """Logarithmic where the ratios span more than a factor of 3: below that, a linear axis has the better ticks."""
-    from matplotlib import ticker
-
-    low, high = axis.get_xlim()
-    if low > 0 and high / low < 3:
-        return
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-
-
-def report(files: list[File], output: Path) -> str:
-    """The whole report in Markdown; the plots are written beside it."""
-    lines = ["# Benchmarks", "", "Dtypes: the first name is that of the layer, a second one that of the adapters.", ""]
-    if not any(file.on_gpu for file in files):
-        lines += ["Not measured on a GPU: none of the files below comes from one.", ""]
-    output.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        lines += [*heading(file), *summary(file)]
-        picture = Path(file.name).stem + ".png"
-        try:
-            plot(file, output / picture)
-            lines += [f"![LoRA tax and ours / PEFT, from {file.name}]({picture})", ""]
-        except ImportError:
-            lines += ["No plot: matplotlib is not installed.", ""]
-        lines += [*cell_tables(file), *layer_tables(file), *kept_table(file)]
+    if not _on_gpu(files):
+        lines += [NO_GPU, ""]
+    pictures.mkdir(parents=True, exist_ok=True)
+    for name, content, module in files:
+        lines += [*heading(_environment(content), name), ""]
+        for picture in _draw(module, content, name, pictures):
+            lines += [f"![{name}]({picture.relative_to(page.parent).as_posix()})", ""]
+        lines += module.sections(content, name)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _draw(module: ModuleType, content: dict, name: str, folder: Path) -> list[Path]:
+    if not hasattr(module, "figures"):
+        return []
+    try:
+        return module.figures(content, name, folder)
+    except ImportError:
+        print(f"no plot of {name}: matplotlib is not installed")
+        return []
+
+
+def readme_block(files: list[tuple[str, dict, ModuleType]]) -> list[str]:
+    """The README's table: a row per file."""
+    rows = []
+    for name, content, module in files:
+        if hasattr(module, "summary"):
+            what, result = module.summary(content, name)
+            env = _environment(content)
+            where = f"{env.get('device_name')}, torch {env.get('torch')}, {str(env.get('date'))[:10]}"
+            rows.append([f"`{name}`", what, result, where])
+    lines = [] if _on_gpu(files) else ["", NO_GPU]
+    return [*lines, *table(["file in `bench/results/`", "what", "result", "on"], rows)]
+
+
+def write_readme(path: Path, block: list[str]) -> None:
+    """Replace what stands between the two marks.
+
+    Raises:
+        ValueError: the marks are not there, once each and in order.
+    """
+    text = path.read_text()
+    if text.count(_START) != 1 or text.count(_END) != 1 or text.index(_START) > text.index(_END):
+        raise ValueError(f"{path} must hold {_START!r} and, after it, {_END!r}, once each")
+    before, _, rest = text.partition(_START)
+    path.write_text("\n".join([before + _START, *block, _END + rest.partition(_END)[2]]))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Tables and plots from the benchmarks' JSON files.")
-    parser.add_argument("files", nargs="+", type=Path, help="JSON files of pytest-benchmark or of bench/paired.py")
-    parser.add_argument(
-        "--output", type=Path, default=Path("report"), help="folder for report.md and the plots (default: report)"
-    )
+    parser.add_argument("files", nargs="*", type=Path, help="JSON files (default: bench/results/*.json)")
+    parser.add_argument("--output", type=Path, help="folder for performance.md and plots, not docs and README")
     options = parser.parse_args(arguments)
-    files = [load(path) for path in options.files]
-    text = report(files, options.output)
-    (options.output / "report.md").write_text(text)
-    print(text)
+    if options.files and not options.output:
+        parser.error("docs and README show bench/results alone: give --output FOLDER for other files")
+    paths = options.files or sorted((ROOT / "bench" / "results").glob("*.json"))
+    files = _in_order([load(path) for path in paths])
+    page = (options.output or ROOT / "docs") / "performance.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(report(files, page, page.parent / "performance"))
+    if not options.output:
+        write_readme(ROOT / "README.md", readme_block(files))
+    print(f"wrote {page}")
 
 
 if __name__ == "__main__":

@@ -70,9 +70,9 @@ def test_pytest_benchmark_quick(tmp_path, bench):
 
     report = bench("report")
     report.main([str(out), "--output", str(tmp_path / "report")])
-    text = (tmp_path / "report" / "report.md").read_text()
+    text = (tmp_path / "report" / "performance.md").read_text()
     assert "left out: peft: not installed" in text
-    assert "Not measured on a GPU" in text
+    assert "Not measured on a GPU yet" in text
 
 
 def test_paired_quick_and_report(tmp_path, bench):
@@ -93,10 +93,11 @@ def test_paired_quick_and_report(tmp_path, bench):
 
     report = bench("report")
     report.main([str(out), "--output", str(tmp_path / "report")])
-    text = (tmp_path / "report" / "report.md").read_text()
-    assert "Not measured on a GPU" in text
+    text = (tmp_path / "report" / "performance.md").read_text()
+    assert "Not measured on a GPU yet" in text
     assert all(line.endswith("paired.json") for line in text.splitlines() if line.startswith("###"))
-    assert (tmp_path / "report" / "paired.png").stat().st_size > 0
+    assert "(performance/paired.png)" in text
+    assert (tmp_path / "report" / "performance" / "paired.png").stat().st_size > 0
 
 
 def test_ratios_are_of_the_same_rounds(bench):
@@ -135,12 +136,33 @@ def test_unknown_grid_is_refused(bench, option):
 def test_report_refuses_other_json(tmp_path, bench):
     path = tmp_path / "other.json"
     path.write_text("{}")
-    with pytest.raises(ValueError, match=r"other\.json was written neither by"):
+    with pytest.raises(ValueError, match=r"other\.json was not written by a benchmark"):
         bench("report").load(path)
 
 
+def test_readme_holds_a_row_for_each_file_and_keeps_the_rest(tmp_path, bench):
+    report, linear = bench("report"), bench("report_linear")
+    ratio = {"median": 0.8, "q1": 0.7, "q3": 0.9, "rounds": 5}
+    case = {"mode": "forward", "M": 8, "regime": "fp32", "kept_bytes": {}, "seconds": {}}
+    cell = {**case, "vs_peft": {"ours": ratio}, "self": {**ratio, "median": 1.0}}
+    content = {"kind": linear.PAIRED, "left_out": {}, "cells": [cell], "device": "cpu", "date": "2026-01-02T03:04"}
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report._START}\nold\n{report._END}\nafter\n")
+    report.write_readme(readme, report.readme_block([("a.json", content, linear)]))
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert report.NO_GPU in text
+    assert "| `a.json` |" in text
+    assert "median 0.800" in text
+    readme.write_text(report._END + report._START)
+    with pytest.raises(ValueError, match="once each"):
+        report.write_readme(readme, [])
+
+
 def test_layers_of_a_model_are_summed(bench):
-    report = bench("report")
+    report = bench("report_linear")
     case = {"set": "m", "mode": "forward", "M": 8, "regime": "fp32", "p": 0.0, "rank": 8, "K": 4, "N": 4}
     cells = [
         report.Cell({**case, "linear": "q,o", "count": 2}, seconds={"frozen": 1.0, "ours": 1.1}),
