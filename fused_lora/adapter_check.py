@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from .adapter_config import AdapterConfig
 from .adapter_files import AdapterFiles
 from .adapter_models import Place, Target
 from .adapter_patterns import PatternError
+from .adapter_report import KINDS, Finding
 from .layer import lora_scale
 
 PREFIX = "base_model.model."
@@ -30,34 +31,6 @@ _SUFFIXES = {
 }
 _SEE_PATCH = "PEFT loads it: PeftModel.from_pretrained, then fused_lora.patch_peft"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class Finding(NamedTuple):
-    """Something wrong, or worth knowing. ``kind``: one of KINDS; ``where``: a key of the file, a module or a field."""
-
-    kind: str
-    where: str
-    detail: str
-
-    @property
-    def blocks(self) -> bool:
-        """Whether load_adapter refuses because of it."""
-        return self.kind != "note"
-
-
-# In the order in which they are listed, with what they say about the adapter.
-KINDS = {
-    "config": "the config asks for what cannot be done, or contradicts the weights",
-    "missing": "tensors that should be there and are not",
-    "extra": "tensors that belong to nothing here",
-    "base weight": "tensors that would overwrite weights of the base model",
-    "shape": "tensors of another shape",
-    "rank": "ranks that do not agree",
-    "scale": "scales that do not agree",
-    "dtype": "tensors that are no floating numbers",
-    "values": "NaN or infinity",
-    "note": "worth knowing",
-}
 
 
 def factor_key(path: str, part: str, embedding: bool) -> str:
@@ -76,8 +49,9 @@ def base_key(key: str, adapted: Mapping[str, Any]) -> str:
 class Comparison:
     """What :func:`compare` found, and what loading would write.
 
-    ``factors``: for each layer, "lora_a" and "lora_b" -> key of the file. ``base``: key of the base model's state dict
-    -> key of the file. ``ranks``, ``alphas`` and ``scales``: by layer, as the config has them.
+    ``factors``: for each layer, its parts ("lora_a", "lora_b") -> key of the file. ``base``: key of the base model's
+    state dict -> key of the file. ``ranks``, ``alphas`` and ``scales``: by layer, as the config has them.
+    ``unmatched``: layers of the file without a place. ``tensors``: what was read, by key of the file.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -86,22 +60,30 @@ class Comparison:
     ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
+    unmatched: dict[str, None] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, kind: str, where: str, detail: str) -> None:
         assert kind in KINDS
         self.findings.append(Finding(kind, where, detail))
 
+    def has(self, where: str, *kinds: str) -> bool:
+        """Whether there is a finding of these kinds that names this."""
+        return any(finding.kind in kinds and where in finding.where for finding in self.findings)
+
 
 def compare(
-    files: AdapterFiles,
-    config: AdapterConfig,
-    tensors: Mapping[str, Tensor],
-    target: Target | None,
-    overwrite_base: bool = False,
+    files: AdapterFiles, config: AdapterConfig, target: Target | None, overwrite_base: bool = False
 ) -> Comparison:
-    """Hold the files against the model (None: against each other only)."""
+    """Hold the files against the model (None: against each other only).
+
+    Values are read last, and only of tensors whose shapes have a place: a file cannot take more memory than the model.
+
+    Raises:
+        AdapterError: the values cannot be read.
+    """
     result = Comparison()
-    in_base = _sort_keys(result, files, target)
+    in_base = _sort_keys(result, files, config, target)
     if config.use_dora:
         result.add("config", "use_dora", f"LoRA layers have no magnitudes; {_SEE_PATCH}")
     _check_pairs(result, files, target)
@@ -109,16 +91,21 @@ def compare(
         _check_targets(result, config, target)
     _check_ranks(result, files, config, target)
     _check_metadata(result, files)
-    _check_values(result, tensors, target)
-    if target is not None:
-        _check_base(result, config, tensors, target, in_base, overwrite_base)
-    else:
+    readable = _check_factor_types(result, files)
+    if target is None:
         _list_base(result, config, in_base)
-    result.findings.sort(key=lambda finding: list(KINDS).index(finding.kind))
+    else:
+        readable += _fitting_base(result, files, config, target, in_base)
+    result.tensors = files.tensors(readable)
+    _check_values(result, target)
+    if target is not None:
+        _check_base(result, config, target, in_base, overwrite_base)
+    order = list(KINDS)
+    result.findings.sort(key=lambda finding: order.index(finding.kind))
     return result
 
 
-def _sort_keys(result: Comparison, files: AdapterFiles, target: Target | None) -> dict[str, str]:
+def _sort_keys(result: Comparison, files: AdapterFiles, config: AdapterConfig, target: Target | None) -> dict[str, str]:
     """Fill ``factors``; return what is no factor, by its key in the base model."""
     in_base = {}
     for key in files.stored:
@@ -127,34 +114,43 @@ def _sort_keys(result: Comparison, files: AdapterFiles, target: Target | None) -
             continue
         inner = key[len(PREFIX) :]
         suffix = next((suffix for suffix in _SUFFIXES if inner.endswith(suffix)), None)
-        if suffix is None:
-            in_base[inner.replace(".base_layer.", ".")] = key
-            continue
-        path, part = inner.removesuffix(suffix), _SUFFIXES[suffix]
-        if part in ("lora_bias", "magnitude"):
-            result.add("config", key, f"LoRA layers have no {part}; {_SEE_PATCH}")
-            continue
-        if target is not None:
-            fault = _misplaced(target, path, "embedding" in suffix)
-            if fault:
-                result.add("extra", key, fault)
-                continue
-            path = target.places[path].path
-        parts = result.factors.setdefault(path, {})
-        if part in parts:
-            result.add("extra", key, f"belongs to the same layer as {parts[part]}")
+        if suffix is not None:
+            _sort_factor(result, key, inner.removesuffix(suffix), suffix, target)
+        elif config.modules_to_save and (".modules_to_save." in inner or ".original_module." in inner):
+            # With bias="all" PEFT writes the biases of these modules three times.
+            result.add("note", key, "is PEFT's second copy of a saved module's tensor, and not read")
         else:
-            parts[part] = key
+            in_base[inner.replace(".base_layer.", ".")] = key
     return in_base
+
+
+def _sort_factor(result: Comparison, key: str, path: str, suffix: str, target: Target | None) -> None:
+    part = _SUFFIXES[suffix]
+    if part in ("lora_bias", "magnitude"):
+        result.add("config", key, f"LoRA layers have no {part}; {_SEE_PATCH}")
+        return
+    if target is not None:
+        fault = _misplaced(target, path, "embedding" in suffix)
+        if fault:
+            result.add("extra", key, fault)
+            result.unmatched[path] = None
+            return
+        path = target.places[path].path
+    parts = result.factors.setdefault(path, {})
+    if part in parts:
+        result.add("extra", key, f"belongs to the same layer as {parts[part]}")
+    else:
+        parts[part] = key
 
 
 def _misplaced(target: Target, path: str, embedding: bool) -> str:
     """Why factors cannot go to this module; "" where they can."""
     if path not in target.aliases:
-        return f"the model has no module {path}"
+        near = next((n for n in target.places if n.endswith(f".{path}") or path.endswith(f".{n}")), "")
+        return f"the model has no module {path}" + (f", but one named {near}" if near else "")
     place = target.places.get(path)
     if place is None:
-        return f"{path} has no LoRA" if target.adapted else f"{path} is a layer that cannot have LoRA"
+        return f"{path} has no LoRA" if target.adapted or target.kind == "new task" else f"{path} cannot get LoRA"
     if place.refusal:
         return f"{path} cannot get LoRA: {place.refusal}"
     if place.embedding != embedding:
@@ -172,7 +168,7 @@ def _check_pairs(result: Comparison, files: AdapterFiles, target: Target | None)
         key = next(iter(parts.values()))
         for part in {"lora_a", "lora_b"}.difference(parts):
             result.add("missing", factor_key(path, part, "lora_embedding_" in key), f"only {key} is there")
-    if not result.factors and not any(finding.kind == "extra" for finding in result.findings):
+    if not result.factors and not result.findings:
         result.add("missing", str(files.directory), "there is no tensor of a LoRA layer in the file")
 
 
@@ -191,10 +187,9 @@ def _check_targets(result: Comparison, config: AdapterConfig, target: Target) ->
                 result.add("extra", key, f"the config does not target {path}")
     for name in sorted(named):
         place = target.places.get(name)
-        if place is None or place.path not in result.factors:
-            detail = f"the config targets {name}, the file has no tensors for it"
-            if not any(finding.kind == "missing" and f".{name}." in finding.where for finding in result.findings):
-                result.add("missing", name, detail)
+        tensors = place is not None and place.path in result.factors
+        if not tensors and not result.has(f"{PREFIX}{name}.lora_", "missing", "extra"):
+            result.add("missing", name, "the config targets it, the file has no tensors for it")
 
 
 def _check_ranks(result: Comparison, files: AdapterFiles, config: AdapterConfig, target: Target | None) -> None:
@@ -257,22 +252,34 @@ def _check_metadata(result: Comparison, files: AdapterFiles) -> None:
                 "lora_alpha, r or a pattern was changed, or a save was interrupted",
             )
     for path in sorted(known.keys() - result.factors.keys()):
-        if not any(finding.kind in ("missing", "extra") and path in finding.where for finding in result.findings):
+        if not result.has(path, "missing", "extra"):
             result.add("missing", path, "was saved with LoRA, the file has no tensors for it")
 
 
-def _check_values(result: Comparison, tensors: Mapping[str, Tensor], target: Target | None) -> None:
+def _check_factor_types(result: Comparison, files: AdapterFiles) -> list[str]:
+    """The keys of the factors that are worth reading: of a floating dtype, and of the right shape."""
+    keys = [key for parts in result.factors.values() for key in parts.values()]
+    for key in keys:
+        if files.stored[key].dtype not in _FLOATS:
+            result.add("dtype", key, f"holds {files.stored[key].dtype}, not floating numbers")
+    unfit = {finding.where for finding in result.findings if finding.kind in ("dtype", "shape", "rank")}
+    return [key for key in keys if key not in unfit]
+
+
+def _check_values(result: Comparison, target: Target | None) -> None:
     layers = {key: path for path, parts in result.factors.items() for key in parts.values()}
-    for key, tensor in tensors.items():
-        if key in layers and tensor.dtype not in _FLOATS:
-            result.add("dtype", key, f"holds {tensor.dtype}, not floating numbers")
-        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
-            result.add("values", key, f"holds NaN or infinity in {count} of {tensor.numel()} places")
-        elif key in layers and target is not None:
-            dtype = target.places[layers[key]].dtype
-            if dtype is not None and torch.promote_types(dtype, tensor.dtype) != dtype:
+    for key, tensor in result.tensors.items():
+        dtype = target.places[layers[key]].dtype if target is not None and key in layers else None
+        if not tensor.is_floating_point():
+            continue
+        broken = ~torch.isfinite(tensor)
+        if broken.any():
+            result.add("values", key, f"holds NaN or infinity in {int(broken.sum())} of {tensor.numel()} places")
+        elif dtype is not None and torch.promote_types(dtype, tensor.dtype) != dtype:
+            if torch.isfinite(tensor.to(dtype)).all():
                 result.add("note", key, f"is {tensor.dtype} and will be rounded to the model's {dtype}")
+            else:
+                result.add("values", key, f"holds {tensor.dtype} that is too large for the model's {dtype}")
 
 
 def _list_base(result: Comparison, config: AdapterConfig, in_base: Mapping[str, str]) -> None:
@@ -282,44 +289,56 @@ def _list_base(result: Comparison, config: AdapterConfig, in_base: Mapping[str, 
             result.add("base weight", key, "would be written over the base model's")
 
 
-def _check_base(
-    result: Comparison,
-    config: AdapterConfig,
-    tensors: Mapping[str, Tensor],
-    target: Target,
-    in_base: Mapping[str, str],
-    overwrite_base: bool,
-) -> None:
-    biases = set(_biases(config, target, result))
-    for inner in sorted(biases.difference(in_base)):
+def _fitting_base(
+    result: Comparison, files: AdapterFiles, config: AdapterConfig, target: Target, in_base: Mapping[str, str]
+) -> list[str]:
+    """The keys of the base model's tensors that are worth reading; finds what is missing and what has no place."""
+    for inner in sorted(_biases(config, target, result).difference(in_base)):
         result.add("missing", base_key(inner, result.factors), f"bias={config.bias!r} trains it")
+    for name in config.modules_to_save:
+        if not any(f".{name}." in f".{inner}" for inner in in_base):
+            result.add("missing", name, "the config has it in modules_to_save, the file has no tensors for it")
+    fitting = []
     for inner, key in in_base.items():
-        here, tensor = target.base.get(inner), tensors[key]
+        here, stored = target.base.get(inner), files.stored[key]
         if here is None:
             result.add("extra", key, f"the model has no {inner}")
-        elif here.shape != tensor.shape:
-            result.add("shape", key, f"has shape {tuple(tensor.shape)}, the model's {inner} has {tuple(here.shape)}")
-        elif here.is_floating_point() != tensor.is_floating_point():
-            result.add("dtype", key, f"holds {tensor.dtype}, the model's {inner} {here.dtype}")
-        elif not here.is_meta and torch.equal(here.detach().cpu(), tensor.to(here.dtype)):
+        elif here.shape != stored.shape:
+            result.add("shape", key, f"has shape {stored.shape}, the model's {inner} has {tuple(here.shape)}")
+        elif here.is_floating_point() != stored.dtype.is_floating_point:
+            result.add("dtype", key, f"holds {stored.dtype}, the model's {inner} {here.dtype}")
+        else:
+            fitting.append(key)
+    return fitting
+
+
+def _check_base(
+    result: Comparison, config: AdapterConfig, target: Target, in_base: Mapping[str, str], overwrite_base: bool
+) -> None:
+    """What becomes of the file's tensors for the base model."""
+    biases = _biases(config, target, result)
+    for inner, key in in_base.items():
+        if key not in result.tensors:
+            continue
+        here = target.base[inner].detach()
+        if not here.is_meta and torch.equal(here.cpu(), result.tensors[key].to(here.dtype)):
             result.add("note", key, f"is the model's own {inner}")
         elif target.kind in ("task", "new task"):
             result.add("base weight", key, f"would change {inner} for every task")
         elif inner in biases or overwrite_base:
             result.base[inner] = key
         else:
-            result.add("base weight", key, f"would overwrite {inner}; overwrite_base=True allows it")
-    for name in config.modules_to_save:
-        if not any(f".{inner}".find(f".{name}.") >= 0 for inner in in_base):
-            result.add("missing", name, "the config has it in modules_to_save, the file has no tensors for it")
+            result.add("base weight", key, f"would overwrite {inner}; load_adapter(..., overwrite_base=True) allows it")
 
 
-def _biases(config: AdapterConfig, target: Target, result: Comparison) -> Iterator[str]:
+def _biases(config: AdapterConfig, target: Target, result: Comparison) -> set[str]:
     """The biases that the config says were trained, by their keys in the base model."""
     if config.bias == "none":
-        return
-    for key, tensor in target.base.items():
-        path, _, name = key.rpartition(".")
-        trains = config.bias == "all" or target.aliases.get(path) in result.factors
-        if trains and name == "bias" and isinstance(tensor, nn.Parameter):
-            yield key
+        return set()
+    return {
+        key
+        for key, tensor in target.base.items()
+        if key.rpartition(".")[2] == "bias"
+        and isinstance(tensor, nn.Parameter)
+        and (config.bias == "all" or target.aliases.get(key.rpartition(".")[0]) in result.factors)
+    }

@@ -14,6 +14,7 @@ from typing import Any
 
 from .adapter_files import AdapterError
 from .adapter_patterns import Pattern, suffix_matcher
+from .layer import lora_scale
 
 _LARGEST_RANK = 1 << 16
 _KINDS = ("none", "all", "lora_only")
@@ -217,7 +218,9 @@ def describe(
     """
     rslora = all(layer.use_rslora for layer in layers.values())
     alphas = {
-        name: layer.lora_alpha if layer.use_rslora == rslora else alpha_of(layer.scale, layer.r, rslora)
+        name: layer.lora_alpha
+        if lora_scale(layer.r, layer.lora_alpha, rslora) == layer.scale
+        else alpha_of(layer.scale, layer.r, rslora)
         for name, layer in layers.items()
     }
     ranks = {name: layer.r for name, layer in layers.items()}
@@ -268,10 +271,10 @@ def _commonest(values: Iterable[Any]) -> Any:
 
 def _exceptions(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     # Anchored: PEFT would read "up" as the end of "blocks.0.up" as well.
-    return {f"^{_literal(name)}": value for name, value in values.items() if value != usual}
+    return {f"^{literal(name)}": value for name, value in values.items() if value != usual}
 
 
-def _literal(name: str) -> str:
+def literal(name: str) -> str:
     """The name as a regular expression for itself; a dot may stay what it is, and people read it more easily."""
     return name if re.fullmatch(r"[\w.]+", name) else re.escape(name)
 

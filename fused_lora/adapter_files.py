@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _LARGEST_CONFIG = 4 << 20  # bytes; PEFT's are about a thousand
 _LARGEST_HEADER = 32 << 20  # bytes; a tensor takes about 150
+_MOST_DIMENSIONS = 16
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -63,8 +66,8 @@ class AdapterFiles:
     stored: dict[str, StoredTensor]
     metadata: dict[str, str]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the file, on the CPU.
+    def tensors(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """These tensors of the file, on the CPU.
 
         Raises:
             AdapterError: the file changed since its header was read, or is broken.
@@ -73,7 +76,7 @@ class AdapterFiles:
         path = self.directory / WEIGHTS_FILE
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in self.stored}
+                return {key: file.get_tensor(key) for key in keys}
         except (OSError, safetensors.SafetensorError) as error:
             raise AdapterError(f"{path} cannot be read: {error}") from None
 
@@ -173,8 +176,8 @@ def _parse(data: bytes, path: Path) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) != len(pairs):
-            twice = sorted({key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1})
-            raise ValueError(f"{', '.join(map(repr, twice))} appears twice")
+            (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"{key!r} appears twice")
         return content
 
     def refuse(constant: str) -> Any:
@@ -214,25 +217,25 @@ def _read_header(file: Any, size: int, path: Path) -> tuple[dict[str, StoredTens
 
 
 def _read_entry(key: str, entry: Any, path: Path) -> tuple[StoredTensor, tuple[int, int]]:
-    def whole(numbers: Any, count: int | None = None) -> bool:
+    def whole(numbers: Any, most: int) -> bool:
         return (
             isinstance(numbers, list)
+            and len(numbers) <= most
             and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
-            and (count is None or len(numbers) == count)
         )
 
-    if not isinstance(entry, dict) or not whole(entry.get("shape")) or not whole(entry.get("data_offsets"), 2):
+    if not isinstance(entry, dict):
+        raise AdapterError(f"{path}: {key!r} is a {type(entry).__name__} in the header, not a tensor")
+    shape, offsets = entry.get("shape", ()), entry.get("data_offsets", ())
+    if not whole(shape, _MOST_DIMENSIONS) or not whole(offsets, 2) or len(offsets) != 2:
         raise AdapterError(f"{path}: tensor {key!r} has no valid shape and offsets in the header")
     dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry.get("dtype"), str) else None
     if dtype is None:
         raise AdapterError(f"{path}: tensor {key!r} is of dtype {entry.get('dtype')!r}; known are {', '.join(_DTYPES)}")
-    start, stop = entry["data_offsets"]
-    elements = 1
-    for n in entry["shape"]:
-        elements *= n
-    if stop - start != elements * dtype.itemsize:
-        raise AdapterError(f"{path}: tensor {key!r} of shape {entry['shape']} does not take {stop - start} bytes")
-    return StoredTensor(dtype, tuple(entry["shape"])), (start, stop)
+    start, stop = offsets
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        raise AdapterError(f"{path}: tensor {key!r} of shape {shape} does not take {stop - start} bytes")
+    return StoredTensor(dtype, tuple(shape)), (start, stop)
 
 
 def write_adapter(

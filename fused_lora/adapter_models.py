@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from . import inject
-from .layer import LoRALayer, is_transformers_conv1d
+from .layer import LoRALayer, default_adapter_dtype, is_transformers_conv1d
 
 if TYPE_CHECKING:
     from .tasks import Model
 
+_NAMELESS = "the model itself is one layer, which has no name in PEFT's files: put it into an nn.ModuleDict or such"
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -33,7 +35,7 @@ class Place:
     r: int | None = None
     scale: float | None = None
     lora: LoRALayer | None = None
-    dtype: Any = None  # of the factors
+    dtype: torch.dtype | None = None  # of the factors, or what they would be made in
     groups: int = 1
     refusal: str = ""
 
@@ -67,18 +69,30 @@ class Target:
         return (place for name, place in self.places.items() if name == place.path)
 
 
-def look(model: nn.Module, task: str | None) -> Target:
-    """What kind of model this is, and its layers.
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and data parallelism's wrappers, whose names files do not have."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule" and isinstance(model._modules.get("_orig_mod"), nn.Module):
+            model = cast(nn.Module, model._modules["_orig_mod"])
+        else:
+            return model
+
+
+def look(model: nn.Module, task: str | None, *, any_task: bool = False) -> Target:
+    """What kind of model this is, and its layers. ``any_task``: with ``task`` None, any new task of a tasks.Model.
 
     Raises:
         TypeError: not a module; ``task`` for a model without tasks.
-        ValueError: tasks.Model without ``task``.
+        ValueError: tasks.Model without ``task``; the model itself is one layer, which has no name.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    model = unwrap(model)
     # Not isinstance: importing tasks takes a while, and who has such a model has imported it.
     if any(kind.__module__ == f"{__package__}.tasks" for kind in type(model).__mro__):
-        return _look_at_tasks(cast("Model", model), task)
+        return _look_at_tasks(cast("Model", model), "" if task is None and any_task else task)
     if task is not None:
         raise TypeError(f"task={task!r} goes with a tasks.Model, not with a {type(model).__name__}")
     if hasattr(model, "peft_config") and hasattr(model, "base_model"):
@@ -87,22 +101,26 @@ def look(model: nn.Module, task: str | None) -> Target:
     adapted = any(isinstance(module, LoRALayer) for module in names)
     places = {}
     for module, all_names in names.items():
-        if not all_names[0]:
-            continue
         place = None
+        if not all_names[0]:
+            if isinstance(module, LoRALayer):
+                raise ValueError(_NAMELESS)
+            continue
         if isinstance(module, LoRALayer):
             place = _of_lora(module, tuple(all_names))
         elif not adapted:
             place = _of_plain(module, tuple(all_names))
         if place is not None:
             places.update(dict.fromkeys(all_names, place))
-    base = {key: t for key, t in model.state_dict(keep_vars=True).items() if not _is_factor(model, key)}
-    aliases = {name: all_names[0] for all_names in names.values() for name in all_names}
-    return Target("lora" if adapted else "plain", places, base, [n for n in _first(names) if n], aliases)
+    state = model.state_dict(keep_vars=True)
+    base = {key: t for key, t in state.items() if isinstance(t, Tensor) and not _is_factor(model, key)}
+    return Target("lora" if adapted else "plain", places, base, *_named(names))
 
 
-def _first(names: Mapping[nn.Module, list[str]]) -> list[str]:
-    return [all_names[0] for all_names in names.values()]
+def _named(names: Mapping[nn.Module, list[str]]) -> tuple[list[str], dict[str, str]]:
+    """``names`` and ``aliases`` of a Target."""
+    first = [all_names[0] for all_names in names.values() if all_names[0]]
+    return first, {name: all_names[0] for all_names in names.values() for name in all_names if name}
 
 
 def _is_factor(model: nn.Module, key: str) -> bool:
@@ -134,7 +152,9 @@ def _of_plain(module: nn.Module, names: tuple[str, ...]) -> Place | None:
             return (r, C, *kernel), (N, r // groups, *([1] * len(kernel)))
     else:
         return None
-    return Place(names, isinstance(module, nn.Embedding), shapes, groups=groups, refusal=refusal)
+    weight = module._parameters.get("weight")
+    dtype = None if weight is None else default_adapter_dtype(weight.dtype)
+    return Place(names, isinstance(module, nn.Embedding), shapes, dtype=dtype, groups=groups, refusal=refusal)
 
 
 def _linear_shapes(inputs: int, outputs: int) -> Callable[[int], Shapes]:
@@ -157,6 +177,8 @@ def _look_at_tasks(model: Model, task: str | None) -> Target:
             all_names.setdefault(module, []).append(plain)
     for layer in model.lora_layers():
         names = tuple(all_names[layer.base])
+        if not names[0]:
+            raise ValueError(_NAMELESS)
         if layer.registered:
             place: Place | None = Place(names, False, lambda r: ((), ()), refusal="it has a registered wrapper")
         elif new:
@@ -165,9 +187,9 @@ def _look_at_tasks(model: Model, task: str | None) -> Target:
             place = _of_lora(layer.tasks[task], names)  # type: ignore[arg-type]
         assert place is not None
         places.update(dict.fromkeys(names, place))
-    base = dict(task_state.base_state(model.model, "", True))
-    aliases = {name: names[0] for names in all_names.values() for name in names}
-    return Target("new task" if new else "task", places, base, [n for n in _first(all_names) if n], aliases)
+    state = task_state.base_state(model.model, "", True)
+    base = {key: t for key, t in state.items() if isinstance(t, Tensor)}
+    return Target("new task" if new else "task", places, base, *_named(all_names))
 
 
 def _look_at_peft(model: Any) -> Target:
@@ -180,7 +202,11 @@ def _look_at_peft(model: Any) -> Target:
     inside = tuple(f"{name}." for name in layers)
     names = [name for name, _ in root.named_modules() if name and not name.startswith(inside)]
     state = root.state_dict(keep_vars=True)
-    base = {key.replace(".base_layer.", "."): tensor for key, tensor in state.items() if ".lora_" not in key}
+    base = {
+        key.replace(".base_layer.", ".").replace(f".modules_to_save.{adapter}.", "."): tensor
+        for key, tensor in state.items()
+        if ".lora_" not in key and ".original_module." not in key
+    }
     return Target("peft", places, base, names, {name: name for name in names})
 
 

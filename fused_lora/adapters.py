@@ -11,31 +11,30 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import inject
-from .adapter_check import KINDS, METADATA_KEY, Comparison, Finding, base_key, compare, factor_key
+from .adapter_check import METADATA_KEY, Comparison, base_key, compare, factor_key
 from .adapter_config import AdapterConfig, LayerSettings, describe, parse_config
 from .adapter_files import (
     CONFIG_FILE,
     AdapterError,
     AdapterExistsError,
+    AdapterFiles,
     adapter_folder,
     read_adapter,
     write_adapter,
 )
-from .adapter_models import Place, Target, look
+from .adapter_models import Place, Target, look, unwrap
+from .adapter_report import AdapterLayer, AdapterReport, Finding, list_findings, list_keys
 from .config import LoRAConfig
 from .layer import LoRALayer
 
 __all__ = ["AdapterError", "AdapterExistsError", "AdapterReport", "check_adapter", "load_adapter", "save_adapter"]
-
-_SHOWN = 20  # of one kind in a message
 
 
 def save_adapter(
@@ -91,8 +90,10 @@ def save_adapter(
             tensors[base_key(key, settings)] = tensor
     broken = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:
-        raise AdapterError(f"nothing was saved: NaN or infinity in {_list(broken)}")
-    base = base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", None) or None
+        raise AdapterError(f"nothing was saved: NaN or infinity in {list_keys(broken)}")
+    base = base_model_name_or_path or getattr(getattr(unwrap(model), "config", None), "name_or_path", None) or None
+    if len({layer.lora_dropout for layer in settings.values()} - {None}) > 1:
+        warnings.warn("lora_dropout differs between layers; the config can only say the commonest", stacklevel=2)
     config = describe(settings, target.names, bias, saved, base)
     layers = {path: [layer.r, layer.scale] for path, layer in settings.items()}
     metadata = {"format": "pt", METADATA_KEY: json.dumps({"version": 1, "layers": layers})}
@@ -134,58 +135,38 @@ def load_adapter(
     """
     files = read_adapter(adapter_folder(directory, subfolder), follow_symlinks)
     config = parse_config(files.config, str(files.directory / CONFIG_FILE))
+    return load_into(model, files, config, task=task, adapter_dtype=adapter_dtype, overwrite_base=overwrite_base)
+
+
+def load_into(
+    model: nn.Module,
+    files: AdapterFiles,
+    config: AdapterConfig,
+    *,
+    task: str | None,
+    adapter_dtype: torch.dtype | None,
+    overwrite_base: bool,
+) -> nn.Module:
+    """What :func:`load_adapter` does once the files are read and the config is understood."""
     target = look(model, task)
     if target.kind == "peft":
         raise TypeError("this is a PeftModel: use its own load_adapter, and patch_peft to run it fused")
-    tensors = files.tensors()
-    result = compare(files, config, tensors, target, overwrite_base)
+    if adapter_dtype is not None and target.kind != "plain":
+        raise ValueError(f"adapter_dtype={adapter_dtype} is for a model without LoRA: this one has its factors already")
+    result = compare(files, config, target, overwrite_base)
     blocking = [finding for finding in result.findings if finding.blocks]
     if blocking:
-        raise AdapterError(f"{files.directory} does not fit this model; nothing was loaded; {_listing(blocking)}")
-    for finding in result.findings:
-        if "rounded" in finding.detail:
-            warnings.warn(f"{finding.where} {finding.detail}", stacklevel=2)
+        raise AdapterError(f"{files.directory} does not fit this model; nothing was loaded; {list_findings(blocking)}")
+    rounded = [finding.where for finding in result.findings if "will be rounded" in finding.detail]
+    if rounded and adapter_dtype is None:
+        warnings.warn(f"rounded to the dtype of the model's factors: {list_keys(rounded)}", stacklevel=3)
     if target.kind == "plain":
-        inject.apply_lora(model, _lora_config(config, result), adapter_dtype=adapter_dtype)
+        inject.apply_lora(unwrap(model), _lora_config(config, result), adapter_dtype=adapter_dtype)
     elif target.kind == "new task":
         assert task is not None
-        _add_task(model, task, config, result, target)
-    _copy(look(model, task), result, tensors)
+        _add_task(unwrap(model), task, config, result, target)
+    _copy(look(model, task), result)
     return model
-
-
-@dataclass(frozen=True)
-class AdapterReport:
-    """What :func:`check_adapter` found. ``print`` it.
-
-    ``ok`` is False where :func:`load_adapter` would refuse. ``layers``: (name, rank, scale) of each layer in the file.
-    """
-
-    directory: str
-    layers: tuple[tuple[str, int, float], ...]
-    dtypes: tuple[str, ...]
-    findings: tuple[Finding, ...]
-    against: str
-
-    @property
-    def ok(self) -> bool:
-        return not any(finding.blocks for finding in self.findings)
-
-    def __str__(self) -> str:
-        ranks = sorted({r for _, r, _ in self.layers})
-        scales = sorted({scale for _, _, scale in self.layers})
-        lines = [
-            f"{self.directory}, checked against {self.against}",
-            f"  {len(self.layers)} layers; rank {', '.join(map(str, ranks)) or '-'}; "
-            f"scale {', '.join(f'{s:g}' for s in scales) or '-'}; {', '.join(self.dtypes) or 'no tensors'}",
-        ]
-        for kind, meaning in KINDS.items():
-            found = [finding for finding in self.findings if finding.kind == kind]
-            if found:
-                lines.append(f"  {kind} ({len(found)}): {meaning}")
-                lines += [f"    {finding.where}: {finding.detail}" for finding in found]
-        lines.append("no trap found" if self.ok else "load_adapter refuses this adapter")
-        return "\n".join(lines)
 
 
 def check_adapter(
@@ -209,18 +190,16 @@ def check_adapter(
         The report; files that cannot be read at all are a finding in it too.
     """
     folder = adapter_folder(directory, subfolder)
-    target = None if model is None else look(model, task)
-    against = "nothing but itself" if model is None else type(model).__name__
+    target = None if model is None else look(model, task, any_task=True)
+    against = "itself alone" if model is None else type(unwrap(model)).__name__
     try:
         files = read_adapter(folder, follow_symlinks)
-        config = parse_config(files.config, CONFIG_FILE)
-        tensors = files.tensors()
+        result = compare(files, parse_config(files.config, str(folder / CONFIG_FILE)), target)
     except AdapterError as error:
-        return AdapterReport(str(folder), (), (), (Finding("config", str(folder), str(error)),), against)
-    result = compare(files, config, tensors, target)
-    layers = tuple((name, r, result.scales[name]) for name, r in result.ranks.items())
-    dtypes = sorted({str(stored.dtype).removeprefix("torch.") for stored in files.stored.values()})
-    return AdapterReport(str(folder), layers, tuple(dtypes), tuple(result.findings), against)
+        return AdapterReport(str(folder), against, (), (), (), (Finding("config", CONFIG_FILE, str(error)),))
+    layers = tuple(AdapterLayer(name, r, result.scales[name]) for name, r in result.ranks.items())
+    dtypes = tuple(sorted({str(stored.dtype).removeprefix("torch.") for stored in files.stored.values()}))
+    return AdapterReport(str(folder), against, layers, tuple(result.unmatched), dtypes, tuple(result.findings))
 
 
 def _not_ours(target: Target, task: str | None) -> str:
@@ -235,6 +214,8 @@ def _settings(place: Place) -> LayerSettings:
     layer = place.lora
     if not isinstance(layer, LoRALayer):
         raise AdapterError(f"{place.path} {place.refusal}, which PEFT's files have no keys for")
+    if any(t.is_meta or hasattr(t, "full_tensor") for t in (layer.lora_a, layer.lora_b)):
+        raise AdapterError(f"nothing was saved: the factors of {place.path} are sharded or on the meta device")
     dropout = None if place.embedding else layer.lora_dropout
     transposed = getattr(layer, "fan_in_fan_out", False)
     return LayerSettings(layer.r, layer.scale, layer.lora_alpha, layer.use_rslora, dropout, transposed)
@@ -244,7 +225,7 @@ def _bias_kind(model: nn.Module, target: Target) -> str:
     """Which biases belong to the adapter: what apply_lora was told."""
     if target.kind == "task":
         return "none"
-    record = model.__dict__.get(inject._RECORD)
+    record = unwrap(model).__dict__.get(inject._RECORD)
     return "none" if record is None else record.bias
 
 
@@ -264,7 +245,7 @@ def _modules_to_save(target: Target, bias: str, names: Iterable[str] | None) -> 
     ]
     if trained:
         raise AdapterError(
-            f"nothing was saved: {_list(trained)} require grad and are in no LoRA layer; name their modules in "
+            f"nothing was saved: {list_keys(trained)} require grad and are in no LoRA layer; name their modules in "
             "modules_to_save to save them whole, or pass modules_to_save=[] to save the LoRA layers alone"
         )
     return []
@@ -302,7 +283,8 @@ def _add_task(model: Any, task: str, config: AdapterConfig, result: Comparison, 
 
 
 @torch.no_grad()
-def _copy(target: Target, result: Comparison, tensors: Mapping[str, Tensor]) -> None:
+def _copy(target: Target, result: Comparison) -> None:
+    tensors = result.tensors
     for path, parts in result.factors.items():
         layer = target.places[path].lora
         assert layer is not None
@@ -311,17 +293,3 @@ def _copy(target: Target, result: Comparison, tensors: Mapping[str, Tensor]) -> 
         layer._remerge()
     for inner, key in result.base.items():
         target.base[inner].copy_(tensors[key])
-
-
-def _list(keys: list[str]) -> str:
-    shown = ", ".join(keys[:_SHOWN])
-    return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more"
-
-
-def _listing(findings: list[Finding]) -> str:
-    parts = []
-    for kind in KINDS:
-        found = [f"{finding.where} ({finding.detail})" for finding in findings if finding.kind == kind]
-        if found:
-            parts.append(f"{len(found)} {kind}: {_list(found)}")
-    return "; ".join(parts)

@@ -1,19 +1,25 @@
-"""The command ``fused-lora``: doctor, demo, bench.
+"""The command ``fused-lora``: doctor, demo, check, bench.
 
-Exit code: 0 all is well; 1 a check failed; 2 the command line cannot be followed (one line on stderr says why).
+Exit code: 0 all is well; 1 a check failed, or found something; 2 the command line cannot be followed (one line on
+stderr says why).
 ``bench`` returns pytest's.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__, demo, doctor
+from .adapters import AdapterError, check_adapter
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,9 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _Parser(prog="fused-lora", description="LoRA linear layers, fused forward and backward.")
     parser.add_argument("--version", action="version", version=f"fused-lora {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{doctor,demo,bench}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{doctor,demo,check,bench}", required=True)
     commands.add_parser("doctor", help="what is installed, what can run here, and whether it computes right")
     _add_demo(commands.add_parser("demo", help="fine-tune a network on handwritten digits with the fused layer"))
+    _add_check(commands.add_parser("check", help="what would go wrong, or silently wrong, in loading an adapter"))
     commands.add_parser(
         "bench", help="run the benchmarks of a checkout", epilog="Other options go to pytest: see bench/README.md."
     )
@@ -44,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "bench":
             return _bench(rest, command)
+        if args.command == "check":
+            return _check(args, command)
         return doctor.run() if args.command == "doctor" else _demo(args, command)
     except KeyboardInterrupt:
         return 130
@@ -69,6 +78,68 @@ def _demo(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except (ValueError, ModuleNotFoundError, OSError) as error:
         parser.error(str(error))
     return demo.run(settings)
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="directory of adapter_config.json and adapter_model.safetensors")
+    parser.add_argument(
+        "--model",
+        help="what the adapter is for: a transformers model, by directory or name, of which the config alone is read; "
+        "or module:factory, a function of yours without arguments that returns the model. Default: check the files "
+        "alone",
+    )
+    parser.add_argument("--subfolder", help="of PATH, as PEFT has it for adapters with a name")
+    parser.add_argument("--follow-symlinks", action="store_true", help="read files through links that leave PATH")
+
+
+def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    model = None if args.model is None else _model(args.model, parser)
+    try:
+        report = check_adapter(args.path, model, subfolder=args.subfolder, follow_symlinks=args.follow_symlinks)
+    except (AdapterError, ModuleNotFoundError) as error:
+        parser.error(str(error))
+    print(report)
+    return 0 if report.ok else 1
+
+
+def _model(name: str, parser: argparse.ArgumentParser) -> nn.Module:
+    """The model that --model means."""
+    module, colon, factory = name.partition(":")
+    try:
+        if colon and not Path(name).exists():
+            return _made_by(module, factory)
+        return _transformers_model(name)
+    except Exception as error:  # whatever the user's code or transformers raise, one line says it
+        parser.error(f"--model {name}: {type(error).__name__}: {error}")
+
+
+def _made_by(module: str, factory: str) -> nn.Module:
+    from torch import nn
+
+    # The command is not run from the current folder's Python path, where a user's module is.
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        made = importlib.import_module(module)
+    finally:
+        del sys.path[0]
+    for part in factory.split("."):
+        made = getattr(made, part)
+    model = made if isinstance(made, nn.Module) else made()  # type: ignore[operator]
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"it gives a {type(model).__name__}, not a module")
+    return model
+
+
+def _transformers_model(name: str) -> nn.Module:
+    """A model of its config's architecture on the meta device: names and shapes without weights."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name)
+    architecture = next(iter(config.architectures or ()), "")
+    kind = getattr(transformers, architecture, None) or transformers.AutoModel
+    with torch.device("meta"):
+        return kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
 
 
 def _bench(options: list[str], parser: argparse.ArgumentParser) -> int:

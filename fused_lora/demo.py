@@ -6,6 +6,7 @@ Every number printed is computed in the run. Needs ``pip install 'fused-lora[dem
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from . import digits
+from .adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from .adapters import AdapterError, load_adapter, save_adapter
 from .dropout import check_p
 from .modules import LoRALinear
 
 if TYPE_CHECKING:
     from .demo_report import Report
 
-ADAPTER_FILE = "adapter.safetensors"
 FIGURE_FILE = "fused-lora-demo.png"
-_AUTHOR = "fused-lora demo"  # in the adapter's metadata: tells the demo's own file from a user's
-_FACTORS = ("lora_a", "lora_b")
+BASE_NAME = "fused-lora demo"  # in the adapter's config: tells the demo's own adapter from a user's
 # (name on the package index, import name)
 _PACKAGES = (
     ("scikit-learn", "sklearn"),
@@ -106,9 +107,9 @@ def check(settings: Settings) -> None:
         raise ModuleNotFoundError(f"the demo needs {', '.join(missing)}: pip install 'fused-lora[demo]'")
     if settings.out.exists() and not settings.out.is_dir():
         raise ValueError(f"out must be a folder, {settings.out} is a file: choose another with --out")
-    adapter = settings.out / ADAPTER_FILE
-    if adapter.exists() and not _is_ours(adapter):
-        raise ValueError(f"{adapter} is not this demo's and stays as it is: choose another folder with --out")
+    there = [path for path in (settings.out / CONFIG_FILE, settings.out / WEIGHTS_FILE) if os.path.lexists(path)]
+    if there and not _is_ours(settings.out):
+        raise ValueError(f"{there[0]} is not this demo's and stays as it is: choose another folder with --out")
     settings.out.mkdir(parents=True, exist_ok=True)
 
 
@@ -136,9 +137,9 @@ def run(settings: Settings) -> int:
     epochs = settings.tuning_epochs
     for _ in report.progress("fine-tuning with LoRA", digits.train(adapted, data.domain, epochs), epochs):
         history.append(digits.accuracies(adapted, data.test))
-    adapter, figure = settings.out / ADAPTER_FILE, settings.out / FIGURE_FILE
-    save_adapter(adapter, adapted)
-    claims = check_claims(adapted, frozen, base_logits, data.test, adapter)
+    figure = settings.out / FIGURE_FILE
+    save_adapter(adapted, settings.out, base_model_name_or_path=BASE_NAME, overwrite=True)
+    claims = check_claims(adapted, frozen, base_logits, data.test, settings.out)
 
     report.accuracies(settings.digit, data.test, history)
     report.parameters(digits.lora_layers(adapted))
@@ -146,7 +147,9 @@ def run(settings: Settings) -> int:
     report.errors(digits.errors(adapted, data.domain, settings.dropout, settings.seed))
     report.step_times(_time_steps(report, base, data.domain, settings))
     report.figure(figure, settings.digit, history)
-    report.line(f"\nWrote {adapter}\n  and {figure}\nTotal time {time.perf_counter() - start:.1f} s")
+    report.line(
+        f"\nWrote {settings.out / WEIGHTS_FILE}\n  and {figure}\nTotal time {time.perf_counter() - start:.1f} s"
+    )
     return 0 if all(claims.values()) else 1
 
 
@@ -168,7 +171,7 @@ def _time_steps(report: Report, base: nn.Sequential, data: digits.Images, settin
 
 
 def check_claims(
-    adapted: nn.Module, frozen: dict[str, Tensor], base_logits: Tensor, test: digits.Images, adapter: Path
+    adapted: nn.Module, frozen: dict[str, Tensor], base_logits: Tensor, test: digits.Images, folder: Path
 ) -> dict[str, bool]:
     """Each claim of bit-identity and whether it holds.
 
@@ -176,10 +179,10 @@ def check_claims(
         adapted: the fine-tuned network.
         frozen: copies of the base network's parameters, made before fine-tuning.
         base_logits: the base network's outputs on ``test``.
-        adapter: the file written by :func:`save_adapter`.
+        folder: where :func:`save_adapter` wrote the adapter.
     """
     state = adapted.state_dict()
-    reloaded = load_adapter(adapter, frozen, test.labels.device)
+    reloaded = _reload(folder, frozen, test.labels.device)
     return {
         f"{len(frozen)} frozen weights and biases are as before fine-tuning": all(
             torch.equal(state[name], tensor) for name, tensor in frozen.items()
@@ -203,50 +206,17 @@ def _off_restores(adapted: nn.Module, test: digits.Images, base_logits: Tensor) 
     return restored
 
 
-def save_adapter(path: Path, network: nn.Module) -> None:
-    """Write ``<layer>.lora_a`` and ``<layer>.lora_b`` of every LoRALinear, with rank, alpha and targets as metadata."""
-    from safetensors.torch import save_file
-
-    layers = digits.lora_layers(network)
-    tensors = {
-        f"{name}.{factor}": getattr(layer, factor).detach() for name, layer in layers.items() for factor in _FACTORS
-    }
-    first = next(iter(layers.values()))
-    metadata = {
-        "made_by": _AUTHOR,
-        "format": "pt",
-        "rank": str(first.r),
-        "lora_alpha": str(first.lora_alpha),
-        "targets": ",".join(layers),
-    }
-    save_file(tensors, path, metadata)
-
-
-def load_adapter(path: Path, frozen: dict[str, Tensor], device: torch.device) -> nn.Sequential:
-    """A new network over the base weights ``frozen``, with the adapter of :func:`save_adapter`.
-
-    Raises:
-        RuntimeError: the file's tensors do not fit the network.
-    """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+def _reload(folder: Path, frozen: dict[str, Tensor], device: torch.device) -> nn.Sequential:
+    """A new network over the base weights ``frozen``, with the adapter in ``folder``."""
     fresh = digits.build_network(device)
     fresh.load_state_dict(frozen)
-    rank, alpha = int(metadata["rank"]), float(metadata["lora_alpha"])
-    network = digits.with_lora(fresh, lambda linear: LoRALinear.from_linear(linear, r=rank, lora_alpha=alpha))
-    network.load_state_dict({**frozen, **tensors})
-    return network
+    load_adapter(fresh, folder)
+    return fresh
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether an existing adapter file was written by the demo."""
-    from safetensors import SafetensorError, safe_open
-
+def _is_ours(folder: Path) -> bool:
+    """Whether an existing adapter was written by the demo."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("made_by") == _AUTHOR
-    except (OSError, SafetensorError):
+        return read_adapter(folder).config.get("base_model_name_or_path") == BASE_NAME
+    except AdapterError:
         return False

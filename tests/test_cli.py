@@ -1,15 +1,16 @@
 """The command line: what a user sees, the exit codes, and that a wrong result is reported as one."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fused_lora import LoRALinear, accuracy, cli, demo, digits, doctor
+from fused_lora import LoRALinear, accuracy, cli, demo, digits, doctor, save_adapter
+from fused_lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 
 CPU = torch.device("cpu")
 
@@ -126,27 +127,26 @@ def test_demo_counts_and_times(finished):
 
 def test_demo_writes_an_adapter_and_a_figure(finished):
     out, folder = finished
-    assert sorted(path.name for path in folder.iterdir()) == [demo.ADAPTER_FILE, demo.FIGURE_FILE]
-    assert str(folder / demo.ADAPTER_FILE) in out
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE, demo.FIGURE_FILE]
+    assert str(folder / WEIGHTS_FILE) in out
     assert (folder / demo.FIGURE_FILE).read_bytes().startswith(b"\x89PNG")
-    tensors = load_file(folder / demo.ADAPTER_FILE)
-    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
-        "fc1.lora_a": (8, 64),
-        "fc1.lora_b": (1000, 8),
-        "fc2.lora_a": (8, 1000),
-        "fc2.lora_b": (2000, 8),
-        "fc3.lora_a": (8, 2000),
-        "fc3.lora_b": (10, 8),
+    tensors = load_file(folder / WEIGHTS_FILE)
+    assert {name.removeprefix("base_model.model."): tuple(t.shape) for name, t in tensors.items()} == {
+        "fc1.lora_A.weight": (8, 64),
+        "fc1.lora_B.weight": (1000, 8),
+        "fc2.lora_A.weight": (8, 1000),
+        "fc2.lora_B.weight": (2000, 8),
+        "fc3.lora_A.weight": (8, 2000),
+        "fc3.lora_B.weight": (10, 8),
     }
-    with safe_open(folder / demo.ADAPTER_FILE, framework="pt") as file:
-        metadata = file.metadata()
-    assert (metadata["rank"], metadata["lora_alpha"], metadata["targets"]) == ("8", "16.0", "fc1,fc2,fc3")
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (8, 16, ["fc1", "fc2", "fc3"])
 
 
 def test_demo_overwrites_its_own_files_and_no_others(finished, capsys, tmp_path):
     _, folder = finished
     demo.check(demo.Settings(out=folder))  # a second run is welcome
-    foreign = tmp_path / demo.ADAPTER_FILE
+    foreign = tmp_path / WEIGHTS_FILE
     for write in (lambda: save_file({"a": torch.ones(1)}, foreign), lambda: foreign.write_text("notes")):
         write()
         kept = foreign.read_bytes()
@@ -181,7 +181,7 @@ def test_base_training_sees_little_of_the_weak_digit():
 def test_claims_can_fail(tmp_path):
     data, network = little_training(0)
     frozen = {name: t.clone() for name, t in network.state_dict().items() if "lora" not in name}
-    demo.save_adapter(tmp_path / demo.ADAPTER_FILE, network)
+    save_adapter(network, tmp_path)
     for layer in digits.lora_layers(network).values():
         layer.enabled = False
     base_logits = digits.logits(network, data.test)
@@ -189,7 +189,7 @@ def test_claims_can_fail(tmp_path):
         layer.enabled = True
 
     def claims():
-        return list(demo.check_claims(network, frozen, base_logits, data.test, tmp_path / demo.ADAPTER_FILE).values())
+        return list(demo.check_claims(network, frozen, base_logits, data.test, tmp_path).values())
 
     assert claims() == [True, True, True]
     with torch.no_grad():

@@ -20,7 +20,20 @@ ROOMS = (
     {"ops"},
     {"layer", "modules", "convolution", "parametrize", "config"},
     {"inject", "report"},
-    {"tasks", "task", "adapters", "adapter", "peft", "cli", "demo", "digits", "doctor", "accuracy", "compat"},
+    {
+        "tasks",
+        "task",
+        "adapters",
+        "adapter",
+        "convert",
+        "peft",
+        "cli",
+        "demo",
+        "digits",
+        "doctor",
+        "accuracy",
+        "compat",
+    },
 )
 FREE = {"__init__", "__main__"}  # the public names, and the door of the command line
 SHAPELESS = {"utils", "util", "common", "helpers", "misc", "backends", "registry"}
