@@ -14,14 +14,20 @@ from torch import Tensor, nn
 
 from ..ops.linear import lora_linear
 from ..peft_parts import _foreign, _global_hooks, _plain, _traced_elsewhere, compute_dtype
+from .quantised import quantised_linear
 
 TRAINABLE = "the base weight is trainable, and the fused backward has no gradient for it"
-TENSORS = "a weight is not a plain tensor (quantised, or a sharded DTensor)"
+TENSORS = "a weight is not a plain tensor, nor a frozen NF4 one (sharded DTensor, another quantisation)"
 FACTORS = "the dropout or a factor was replaced by a module of another kind, or given a bias"
 HOOKS = "the dropout or a factor carries hooks or a forward of its own"
 INPUT = "x is not a plain dense tensor with data"
 DTYPES = "the dtypes go together in no regime of the operator"
 TRACED = "a functorch transform, forward-mode AD, a dispatch mode or a tracer is active"
+
+
+def _is_nf4(weight: Tensor) -> bool:
+    """Whether this is torchao's NF4 in an eager call; torchao gives it no gradient, whatever requires_grad says."""
+    return type(weight).__name__ == "NF4Tensor" and not torch.compiler.is_compiling()
 
 
 def refusal(
@@ -31,9 +37,10 @@ def refusal(
 
     ``factors``: the modules that hold a and b, where the peer has any.
     """
-    if weight.requires_grad and torch.is_grad_enabled():
+    nf4 = _is_nf4(weight)
+    if not nf4 and weight.requires_grad and torch.is_grad_enabled():
         return TRAINABLE
-    if not (_plain(weight) and _plain(a) and _plain(b) and (bias is None or _plain(bias))):
+    if not ((nf4 or _plain(weight)) and _plain(a) and _plain(b) and (bias is None or _plain(bias))):
         return TENSORS
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return FACTORS
@@ -43,9 +50,15 @@ def refusal(
         return HOOKS
     if not _plain(x) or x.layout is not torch.strided or x.is_nested or x.device.type == "meta":
         return INPUT
-    if a.dtype != b.dtype or compute_dtype(x.dtype, weight.dtype, a.dtype, x.device.type, True) is None:
+    if a.dtype != b.dtype or _dtype(x, weight, a) is None or (nf4 and bias is not None and bias.dtype != x.dtype):
         return DTYPES
     return TRACED if _traced_elsewhere() else ""
+
+
+def _dtype(x: Tensor, weight: Tensor, a: Tensor) -> torch.dtype | None:
+    """The dtype the base layer computes in; a quantised weight follows x."""
+    stored = x.dtype if _is_nf4(weight) else weight.dtype
+    return compute_dtype(x.dtype, stored, a.dtype, x.device.type, True)
 
 
 def fused(
@@ -58,5 +71,9 @@ def fused(
     Raises:
         ValueError: shapes or devices that do not fit; a scale that is not finite.
     """
-    p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
-    return lora_linear(x, weight, a, b, scale, bias, dropout_p=p, training=dropout.training)
+    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    if _is_nf4(weight):
+        dtype = _dtype(x, weight, a)
+        assert dtype is not None
+        return quantised_linear(x, weight, bias, a, b, scale, p, dtype)
+    return lora_linear(x, weight, a, b, scale, bias, dropout_p=p)

@@ -50,7 +50,7 @@ class LoRALinear(nn.Module):
         alpha: the branch is scaled by alpha / rank, read in every call.
         dropout: probability of zeroing an element of x before lora_a.
         use_bias: whether the base layer has a bias.
-        quantize_base: keep the weight as NF4 (torchao); the base product is then torchao's, the branch unfused.
+        quantize_base: keep the weight as NF4 (torchao), dense only while a product is computed. It is frozen.
         quantization_kwargs: for torchao's ``to_nf4``: ``block_size``, ``scaler_block_size``.
 
     Shapes: x (..., K) -> (..., N).
