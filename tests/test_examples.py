@@ -1,0 +1,214 @@
+"""The scripts under examples/ that need no transformers: counts, claims, data, and a small run of each."""
+
+import gzip
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from fused_lora import count_parameters, lora_layers
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SCRIPTS = ("digits", "multitask", "parametrized")
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Import a script as python does when it runs it: with its folder on the path."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: tmp_path_factory.mktemp(name) for name in SCRIPTS}
+
+
+@pytest.fixture(scope="module")
+def finished():
+    return {}
+
+
+@pytest.fixture
+def run(example, folders, finished, capsys):
+    """Run a script with --quick, or return what it gave before: (exit status, what was printed, the folder)"""
+
+    def start(name, *arguments, again=False):
+        key = (name, *arguments)
+        if again or key not in finished:
+            status = example(name).main(["--quick", "--device", "cpu", "--out", str(folders[name]), *arguments])
+            finished[key] = status, capsys.readouterr().out, folders[name]
+        return finished[key]
+
+    return start
+
+
+def wanted_files(folder, *names):
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    assert all(path.is_dir() or path.stat().st_size > 1000 for path in folder.iterdir())
+    assert (next(folder.glob("*.png"))).read_bytes().startswith(b"\x89PNG")
+
+
+class TestDigits:
+    def test_counts(self, example):
+        digits = example("digits")
+        network = digits.build()
+        assert count_parameters(network) == (2_807_010, 2_807_010, 0)
+        digits.add_lora(network)
+        assert count_parameters(network) == (2_813_804, 6_794, 6_794)
+        assert [layer.r for _, layer in lora_layers(network)] == [1, 1, 1]
+
+    def test_run(self, run):
+        status, printed, folder = run("digits")
+        assert status == 0
+        assert "Before: 2,807,010 parameters" in printed
+        assert "2,813,804 parameters, 6,794 trainable (0.241 %), 6,794 of LoRA" in printed
+        assert printed.count("yes") == 3
+        wanted_files(folder, "adapter", "digits.png")
+        numbers = re.search(r"9, fine-tuned on +(\d+) +(\d+) +(\d+) +(\d+)", printed).groups()
+        pictures, base, tuned, off = map(int, numbers)
+        assert base == off > pictures / 2 > tuned
+
+    def test_a_claim_that_fails_fails_the_run(self, run, example, monkeypatch):
+        digits = example("digits")
+        train = digits.train
+        monkeypatch.setattr(digits, "train", lambda network, data, steps, what: train(network, data, 2, what))
+        monkeypatch.setattr(digits, "switch", lambda network, on: None)
+        status, printed, _ = run("digits", "--seed", "1")
+        assert status == 1
+        assert "NO" in printed
+
+
+class TestMultitask:
+    def test_run(self, run, example):
+        status, printed, folder = run("multitask")
+        assert status == 0
+        assert printed.count("yes") == 5
+        wanted_files(folder, "bold.safetensors", "slanted.safetensors", "framed.safetensors", "styles.png")
+        rows = re.findall(r"^  (\w[\w ]*?)  +(base network|tasks?=\S+(?: \S+\])?) +(0\.\d{4})", printed, re.M)
+        distance = {(wanted, ran): float(value) for wanted, ran, value in rows}
+        assert len(distance) == 10
+        for style in ("bold", "slanted", "framed"):
+            assert distance[style, f'task="{style}"'] < distance[style, "base network"]
+        both = distance["slanted and framed", 'tasks=["slanted", "framed"]']
+        assert both < min(distance["slanted and framed", f'task="{style}"'] for style in ("slanted", "framed"))
+        differ = float(re.search(r"largest difference (\S+)", printed)[1])
+        assert differ < 1e-5
+        assert set(load_file(folder / "bold.safetensors")) == {
+            f"{layer}.bold.lora_{factor}" for layer in ("look", "digit", "squeeze", "draw") for factor in "ab"
+        }
+
+    def test_every_kind_of_layer_has_tasks(self, example):
+        model = example("multitask").with_tasks(example("multitask").Redraw(), rank=2)
+        assert [type(layer.base) for layer in model.lora_layers()] == [nn.Conv2d, nn.Embedding, nn.Linear, nn.Linear]
+
+
+class TestParametrized:
+    def test_share(self, example):
+        parametrized = example("parametrized")
+        total, trainable, lora = count_parameters(parametrized.add_lora(parametrized.build()))
+        assert (total, trainable, lora) == (1_384_832, 3_328, 3_328)
+        assert f"{100 * trainable / total:.2f} %" == f"{100 * 6_794 / 2_807_010:.2f} %" == "0.24 %"
+
+    def test_run(self, run):
+        status, printed, folder = run("parametrized")
+        assert status == 0
+        assert "1,384,832 parameters, 3,328 trainable: 0.24 %" in printed
+        assert printed.count("yes") == 5
+        wanted_files(folder, "adapter.safetensors", "cleaned.png")
+        found = re.findall(r"^  (base network|with LoRA|LoRA switched off) +(dark|bright) +(0\.\d{4})", printed, re.M)
+        distance = {(name, light): float(value) for name, light, value in found}
+        assert distance["with LoRA", "bright"] < distance["base network", "bright"]
+        assert distance["LoRA switched off", "dark"] == distance["base network", "dark"]
+
+
+class TestPictures:
+    @pytest.fixture
+    def mnist(self):
+        g = np.random.default_rng(0)
+        return {
+            "x_train": g.integers(0, 256, (6, 28, 28), dtype=np.uint8),
+            "y_train": np.arange(6, dtype=np.uint8),
+            "x_test": g.integers(0, 256, (3, 28, 28), dtype=np.uint8),
+            "y_test": np.arange(3, dtype=np.uint8),
+        }
+
+    def check(self, pictures, source, mnist):
+        for part, name in zip(pictures.load(source, 0), ("train", "test"), strict=True):
+            assert part.images.dtype == torch.float32
+            assert torch.equal(part.images.view(-1, 28, 28), torch.from_numpy(mnist[f"x_{name}"]) / 255)
+            assert part.labels.tolist() == mnist[f"y_{name}"].tolist()
+
+    def test_npz(self, example, mnist, tmp_path):
+        np.savez(tmp_path / "mnist.npz", **mnist)
+        self.check(example("_pictures"), tmp_path / "mnist.npz", mnist)
+        np.savez(tmp_path / "other.npz", x_train=mnist["x_train"])
+        with pytest.raises(ValueError, match="has no y_train, x_test, y_test"):
+            example("_pictures").load(tmp_path / "other.npz", 0)
+
+    @pytest.mark.parametrize("folder", [".", "MNIST/raw"])
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_idx(self, example, mnist, tmp_path, folder, packed):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+        for name, array in zip(names, mnist.values(), strict=True):
+            sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+            data = bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
+            path = tmp_path / folder / f"{name}-ubyte{'.gz' if packed else ''}"
+            path.write_bytes(gzip.compress(data) if packed else data)
+        self.check(example("_pictures"), tmp_path, mnist)
+        path.write_bytes(gzip.compress(data[:-1]) if packed else data[:-1])
+        with pytest.raises(ValueError, match="is not an IDX file of bytes"):
+            example("_pictures").load(tmp_path, 0)
+
+    def test_scikit_learns(self, example):
+        train, test = example("_pictures").load(None, 0)
+        assert (len(train.labels), len(test.labels)) == (1347, 450)
+        assert train.images.shape[1] == 784
+        assert 0 <= train.images.min() < train.images.max() <= 1
+        again, _ = example("_pictures").load(None, 0)
+        assert torch.equal(train.images, again.images)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_same_seed_prints_the_same(run, name):
+    assert run(name) == run(name, again=True)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_cannot_be_followed_is_an_error_of_the_command_line(run, name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)  # or it would fetch what is not there
+    for arguments in (["--data", str(tmp_path / "none.npz")], ["--data", str(tmp_path)], ["--nonsense"]):
+        with pytest.raises(SystemExit) as caught:
+            run(name, *arguments)
+        assert caught.value.code == 2
+        assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(run, name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(name, "--help")
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"python examples/{name}.py" in printed
+    for option in ("--data", "--rank", "--seed", "--device", "--out", "--quick"):
+        assert option in printed
+
+
+def test_runs_as_a_script_from_anywhere(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "digits.py"), "--help"]
+    printed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=True).stdout
+    assert "python examples/digits.py" in printed
+
+
+def test_no_script_is_long():
+    for name in (*SCRIPTS, "_pictures"):
+        assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 250, name
