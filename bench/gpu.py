@@ -132,6 +132,7 @@ def run(options: argparse.Namespace) -> dict:
         **environment(device),
         **(driver() if device.type == "cuda" else {}),
         "cuda": torch.version.cuda,
+        "commit": environment(device)["commit"] or os.environ.get("COMMIT"),
         "quick": options.quick,
         "seconds_allowed": options.seconds,
     }

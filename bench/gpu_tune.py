@@ -15,7 +15,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -50,12 +50,16 @@ def sizes(quick: bool) -> list[Case]:
     return [case for case in grid if quick or (case.rank in (16, 64) and case.shape_set != "llama-3.2-1b")]
 
 
-def choices(case: Case, device: torch.device, piece: str, quick: bool) -> Iterator[tuple[str, Plan]]:
-    """(form, plan with one tile) for all that can run a piece here; the rule's choice comes first."""
+def choices(
+    case: Case, device: torch.device, piece: str, quick: bool, red: Collection[str] = ()
+) -> Iterator[tuple[str, Plan]]:
+    """(form, plan with one tile) for all that can run a piece here, but the ``red`` forms; the rule's comes first."""
     rule = plan_of(case, device, "triton")
     rule = plan.make_plan(replace(rule.facts, device=replace(rule.facts.device, tuned=None)), "triton")
     own = getattr(rule, piece)
     for form in sorted(_FORMS[piece], key=lambda form: form != own):
+        if form in red:
+            continue
         try:
             forced = plan.make_plan(rule.facts, f"triton:{piece}={form}")
         except ValueError:
@@ -124,7 +128,9 @@ def seconds_of(calls: dict[str, Callable[[], object]], device: torch.device, qui
 def tune_piece(worker, tensors: Tensors, piece: str) -> Entry:
     """The fastest choice for one piece at one size."""
     case, quick = tensors.case, worker.options.quick
-    options = list(choices(case, worker.device, piece, quick))
+    verdicts = worker.state["correctness"]
+    red = [form for form in _FORMS[piece] if verdicts.get(f"{piece} {form} | {case.regime}", {}).get("red")]
+    options = list(choices(case, worker.device, piece, quick, red))
     calls, wanted = {}, None
     for number, (form, chosen) in enumerate(options):
         call = tensors.call(piece, chosen)
@@ -328,7 +334,7 @@ def _ended(crash: dict, case: Case) -> bool:
 
 def install(record: Path, table: Path = tuned.PATH) -> None:
     """Put the chips of a record into a table, in place of what it had of the same chips."""
-    measured = tuned.read(record)
+    table, measured = table.resolve(), tuned.read(record)
     names = {chip["name"] for chip in measured}
     kept = [chip for chip in tuned.read(table) if chip["name"] not in names]
     gpu_state.write(table, {"version": tuned.VERSION, "chips": [*kept, *measured]})

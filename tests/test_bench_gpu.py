@@ -1,4 +1,4 @@
-"""``bench/gpu.py``: its quick path as users call it, the order of its cells, what is red or crashes, what it renders."""
+"""``bench/gpu.py``: its quick path, the order of its cells, what is red, what crashes, what it renders."""
 
 from __future__ import annotations
 
@@ -250,3 +250,16 @@ def test_without_a_gpu_only_quick_runs(bench, capsys):
     with pytest.raises(SystemExit):
         bench("gpu").main(["--device=cpu"])
     assert "there is no GPU: --quick runs the same path on a CPU" in capsys.readouterr().err
+
+
+def test_the_tuner_leaves_out_forms_that_are_red(bench):
+    tune, case = bench("gpu_tune"), bench("gpu_grid").cells(quick=True)[0]
+    forms = {form for form, _ in tune.choices(case, torch.device("cpu"), "expand", True)}
+    assert forms == {"torch", "beta1", "pointer", "descriptor"}
+    left = {form for form, _ in tune.choices(case, torch.device("cpu"), "expand", True, ["pointer"])}
+    assert left == forms - {"pointer"}
+
+
+def test_the_script_refuses_a_phase_it_does_not_have():
+    done = subprocess.run(["bash", str(BENCH / "gpu.sh"), "table", "fly"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "no phase fly: check, tune, table, model\n")
