@@ -18,6 +18,7 @@ from .dropout import draw_seed
 from .ops.linear import FusedLoRALinear
 from .peft_dora import Norms, dora_forward
 from .peft_parts import LOW_PRECISION, Branch, route, route_mixed
+from .peft_several import Constants, FusedSeveralLinear
 
 
 def fused_forward(layer: Any, x: Tensor) -> Tensor | None:
@@ -33,7 +34,7 @@ def fused_forward(layer: Any, x: Tensor) -> Tensor | None:
     if branch.magnitude is not None:
         return dora_forward(x, weight, parts.bias, branch, dtype, _norms(layer, branch.name))
     if len(parts.branches) > 1:
-        branch = _stacked(parts.branches, dtype)
+        return _several(x, weight, parts.bias, parts.branches, dtype)
     return _linear(x, weight, parts.bias, branch, dtype)
 
 
@@ -46,23 +47,35 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Branch, dtyp
     )
 
 
-def _stacked(branches: list[Branch], dtype: torch.dtype) -> Branch:
-    """Several adapters as one: the factors side by side along the rank, the scales inside lora_B where they differ.
+def _several(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[Branch], dtype: torch.dtype) -> Tensor:
+    """Several adapters as one whose factors stand side by side along the rank; each keeps a mask of its own."""
+    factors, b, lora_bias, scale = _side_by_side(branches, dtype)
+    if not any(branch.p for branch in branches):
+        one = branches[0]._replace(a=torch.cat(factors), b=b, bias=lora_bias, scale=scale)
+        return _linear(x, weight, bias, one, dtype)
+    seeds = tuple(draw_seed(x.device) if branch.p else None for branch in branches)
+    constants = Constants(scale, dtype, seeds, tuple(branch.p for branch in branches))
+    return FusedSeveralLinear.apply(x, weight, bias, b, lora_bias, constants, *factors)
 
-    In bfloat16 and float16 a scale inside lora_B would be rounded, so those factors become float32 first.
+
+def _side_by_side(branches: list[Branch], dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor | None, float]:
+    """(each A, all B side by side, the sum of the lora_bias, scale) in one dtype; differing scales are inside B.
+
+    In bfloat16 and float16 a scale inside lora_B would be rounded, so those factors become float32 first; float32 too
+    where adapters of both dtypes are active, which changes no value.
     """
     scales = [branch.scale for branch in branches]
     shared = all(not isinstance(scale, Tensor) and scale == scales[0] for scale in scales)
-    wide = branches[0].a.dtype if shared or dtype not in LOW_PRECISION else torch.float32
-    a = torch.cat([branch.a.to(wide) for branch in branches])
+    same = all(branch.a.dtype == branches[0].a.dtype for branch in branches)
+    wide = branches[0].a.dtype if same and (shared or dtype not in LOW_PRECISION) else torch.float32
+    factors = [branch.a.to(wide) for branch in branches]
     b = torch.cat([branch.b.to(wide) if shared else branch.b.to(wide) * branch.scale for branch in branches], dim=1)
     biases = [
         branch.bias.to(wide) if shared else branch.bias.to(wide) * branch.scale
         for branch in branches
         if branch.bias is not None
     ]
-    bias = sum(biases[1:], biases[0]) if biases else None
-    return branches[0]._replace(a=a, b=b, bias=bias, scale=scales[0] if shared else 1.0)
+    return factors, b, sum(biases[1:], biases[0]) if biases else None, float(scales[0]) if shared else 1.0
 
 
 def _torch_dropout_forward(layer: Any, x: Tensor, branches: list[Branch]) -> Tensor | None:

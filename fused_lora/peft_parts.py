@@ -46,10 +46,10 @@ DTYPES = (
     "the dtypes do not go together: x must have the base weight's dtype or run under autocast, and the adapter the "
     "dtype of the computation, or float32 over bfloat16 and float16 (bias dtypes follow their weights)"
 )
-SEVERAL_DTYPES = "several active adapters have different dtypes, which PEFT casts one after the other"
-SEVERAL_DROPOUT = (
-    "several active adapters are trained with dropout, each with its own mask; dropout='torch' saves memory here"
+SEVERAL_DTYPES = (
+    "dropout='torch' is asked for, and several active adapters have different dtypes, which PEFT casts one by one"
 )
+SEVERAL_COMPILE = "several active adapters trained with dropout are fused in eager mode only"
 SEVERAL_DORA = "several adapters are active and one of them is DoRA"
 MIXED = "adapter_names is fused only without gradients, dropout and variants, for a list that fits the batch"
 INPUT = "x is not a plain dense tensor of the layer's width on the weights' device"
@@ -153,6 +153,9 @@ def _branch(layer: Any, name: str, weight: Tensor, N: int, K: int) -> Branch | s
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
+    variant = layer.lora_variant.get(name) if layer.lora_variant else None
+    if variant is not None and type(variant).__name__ != "DoraLinearVariant":
+        return VARIANT
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear or type(dropout) not in _DROPOUTS:
         return FACTORS
     if _foreign(lora_a) or _foreign(lora_b) or _foreign(dropout):
@@ -175,9 +178,7 @@ def _branch(layer: Any, name: str, weight: Tensor, N: int, K: int) -> Branch | s
         return SCALE
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
     magnitude = None
-    if layer.lora_variant and name in layer.lora_variant:
-        if type(layer.lora_variant[name]).__name__ != "DoraLinearVariant":
-            return VARIANT
+    if variant is not None:
         magnitude = _magnitude(layer, name, weight, N)
         if magnitude is None or bias is not None:
             return DORA_PLACE
@@ -206,12 +207,13 @@ def discord(layer: Any, branches: list[Branch]) -> str | None:
     torch_dropout = layer.__dict__.get("_fused_lora_dropout") == "torch"
     dora = any(branch.magnitude is not None for branch in branches)
     if len(branches) > 1:
+        dropout = any(branch.p for branch in branches)
         if dora:
             return SEVERAL_DORA
-        if any(branch.a.dtype != branches[0].a.dtype for branch in branches):
+        if torch_dropout and dropout and any(branch.a.dtype != branches[0].a.dtype for branch in branches):
             return SEVERAL_DTYPES
-        if not torch_dropout and any(branch.p for branch in branches):
-            return SEVERAL_DROPOUT
+        if dropout and not torch_dropout and torch.compiler.is_compiling():
+            return SEVERAL_COMPILE
     elif dora:
         if torch_dropout and branches[0].p:
             return DORA_TORCH
@@ -275,9 +277,23 @@ def route(layer: Any, x: Any) -> tuple[Parts, torch.dtype] | str:
     refusal = discord(layer, parts.branches) or _input_refusal(x, parts)
     if refusal is not None:
         return refusal
-    adapter_dtype = parts.branches[0].a.dtype
-    dtype = compute_dtype(x.dtype, parts.weight.dtype, adapter_dtype, x.device.type, layer.cast_input_dtype_enabled)
+    dtype = branches_dtype(layer, parts, x.dtype)
     return DTYPES if dtype is None else (parts, dtype)
+
+
+def branches_dtype(layer: Any, parts: Parts, x_dtype: torch.dtype) -> torch.dtype | None:
+    """The compute dtype of a fused call with all branches, or None as in :func:`compute_dtype`.
+
+    PEFT casts x for one adapter after the other, each time from the cast before. Over a bfloat16 or float16 base that
+    loses nothing for the dtypes that are let through here; over any other they are all the base's own.
+    """
+    weight, casting = parts.weight, layer.cast_input_dtype_enabled
+    dtype = None
+    for branch in parts.branches:
+        dtype = compute_dtype(x_dtype, weight.dtype, branch.a.dtype, weight.device.type, casting)
+        if dtype is None:
+            return None
+    return dtype
 
 
 def route_mixed(layer: Any, x: Any, names: Any) -> Parts | str:

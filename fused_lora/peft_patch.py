@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from . import peft_forward
-from .peft_parts import AT_REST, DTYPES, TENSORS, compute_dtype, discord, parts_of
+from .peft_parts import AT_REST, DTYPES, TENSORS, branches_dtype, discord, parts_of
 
 NOT_PATCHED = "it is not patched: call patch_peft(model) (layers added later need it again)"
 HIDDEN = (
@@ -170,9 +170,7 @@ def _standing_reason(layer: Any) -> str:
     against = discord(layer, parts.branches)
     if against is not None:
         return against
-    adapter_dtype = parts.branches[0].a.dtype
-    fits = compute_dtype(weight.dtype, weight.dtype, adapter_dtype, weight.device.type, layer.cast_input_dtype_enabled)
-    return "" if fits is not None else DTYPES
+    return "" if branches_dtype(layer, parts, weight.dtype) is not None else DTYPES
 
 
 def _check_model(model: Any) -> None:

@@ -42,7 +42,10 @@ def peft_model(
     config = {"r": R, "lora_alpha": 12, "target_modules": ["q", "k", "v"], "fan_in_fan_out": base == "conv1d"} | config
     model = get_peft_model(Projections(base).to(dtype), LoraConfig(**config), autocast_adapter_dtype=cast_adapters)
     for name in ("other", "third")[: adapters - 1]:
-        model.add_adapter(name, LoraConfig(**config | {"r": other_rank}), autocast_adapter_dtype=cast_adapters)
+        model.add_adapter(name, LoraConfig(**config | {"r": other_rank}))
+    if not cast_adapters:  # in PEFT 0.18 add_adapter has no argument for it
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtype) if "lora_" in name else parameter.data
     if adapters > 1:
         model.base_model.set_adapter(["default", "other", "third"][:adapters])
     randomize(model)

@@ -3,15 +3,19 @@
     PYTHONPATH=/path/to/fused-lora/tests pytest -p peft_plugin /path/to/peft/tests/test_custom_models.py -k lora
 
 At the end it prints how many layers were patched, how many calls ran fused, and for the others the reasons, so that a
-patch that does nothing shows. ``--fused-dropout torch`` patches with ``dropout="torch"``. It holds none of PEFT's code.
+patch that does nothing shows. ``--fused-dropout torch`` patches with ``dropout="torch"``, ``off`` leaves PEFT alone;
+``--fused-outcomes FILE`` writes what became of every test (``peft_judge.py`` compares two such files). It holds none of
+PEFT's code.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import sys
 import weakref
 from collections import Counter
+from pathlib import Path
 
 import torch
 
@@ -19,14 +23,20 @@ from fused_lora import peft_forward, peft_parts, peft_patch
 
 layers: Counter[str] = Counter()
 calls: Counter[str] = Counter()
+outcomes: dict[str, str] = {}
 _seen: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fused-dropout", default="fused", choices=("fused", "torch"), help="dropout= of patch_peft")
+    modes = ("fused", "torch", "off")
+    parser.addoption("--fused-dropout", default="fused", choices=modes, help="dropout= of patch_peft; off: no patch")
+    parser.addoption("--fused-outcomes", type=Path, help="JSON file for the outcome of every test and the counts")
+    parser.addoption("--fused-offline", action="store_true", help="PEFT's tests never wait for the hub")
 
 
 def pytest_configure(config):
+    if config.getoption("--fused-dropout") == "off":
+        return
     from peft.tuners.tuners_utils import BaseTuner
 
     inject = BaseTuner.inject_adapter
@@ -68,18 +78,55 @@ def _counted(forward, route):
     return counted
 
 
+class _Known(dict):
+    """PEFT's record of the models it has fetched, with every model in it: nothing is asked of the hub again."""
+
+    def __contains__(self, key):
+        return True
+
+    def __missing__(self, key):
+        return 0
+
+
+def pytest_collection_finish(session):
+    if session.config.getoption("--fused-offline"):
+        for module in list(sys.modules.values()):
+            if isinstance(vars(module).get("_HUB_MODEL_ACCESSES"), dict):
+                module._HUB_MODEL_ACCESSES = _Known()
+
+
+def pytest_runtest_logreport(report):
+    """The worst phase of a test is its outcome: passed < skipped < failed."""
+    ranks = ("passed", "skipped", "failed")
+    known = outcomes.get(report.nodeid, "passed")
+    outcomes[report.nodeid] = max(known, report.outcome, key=ranks.index)
+
+
+def pytest_collectreport(report):
+    if report.failed:
+        outcomes[f"{report.nodeid} (collection)"] = "failed"
+
+
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["fused_lora"] = json.dumps((layers, calls))
+    elif path := session.config.getoption("--fused-outcomes"):
+        path.write_text(json.dumps({"outcomes": outcomes, "layers": layers, "calls": calls}, indent=1) + "\n")
 
 
 def pytest_testnodedown(node, error):
-    for total, counted in zip((layers, calls), json.loads(node.workeroutput["fused_lora"]), strict=True):
+    # A worker that died has nothing to say; pytest reports it.
+    for total, counted in zip(
+        (layers, calls), json.loads(node.workeroutput.get("fused_lora", "[{}, {}]")), strict=True
+    ):
         total.update(counted)
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("fused-lora")
+    if config.getoption("--fused-dropout") == "off":
+        terminalreporter.line("PEFT was not patched")
+        return
     for title, counted in (("layers", layers), ("calls of patched layers", calls)):
         terminalreporter.line(f"{title}: {sum(counted.values())}")
         for what, count in counted.most_common():

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners import lora
+from peft.tuners.lora import variants
 from peft_models import K, N, layers, patched_copy, peft_model, randomize, run
 from torch import nn
 
@@ -144,7 +145,7 @@ def several_dora(model):
     model.base_model.set_adapter(["default", "other"])
 
 
-def unsafe_variant(model):
+def other_variant(model):
     model.add_adapter("other", LoraConfig(target_modules=["q", "k", "v"], r=2, init_lora_weights="mica"))
     model.set_adapter("other")
 
@@ -165,9 +166,9 @@ FALLBACKS = [
     (other_dropout, peft_parts.FACTORS),
     (nan_scaling, peft_parts.SCALE),
     (half_adapter, peft_parts.DTYPES),
-    (several_dtypes, peft_parts.SEVERAL_DTYPES),
+    (several_dtypes, peft_parts.DTYPES),
     (several_dora, peft_parts.SEVERAL_DORA),
-    (unsafe_variant, peft_parts.VARIANT),
+    *([(other_variant, peft_parts.VARIANT)] if hasattr(variants, "MiCALinearVariant") else []),
 ]
 
 

@@ -7,11 +7,11 @@ import copy
 
 import pytest
 import torch
-from peft_models import K, N, R, assert_accurate, patched_copy, peft_model, randomize, run
+from peft_models import K, N, R, assert_accurate, layers, patched_copy, peft_model, randomize, run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fused_lora import peft_forward, peft_status
+from fused_lora import peft_dora, peft_forward, peft_status
 from fused_lora.dropout import keep_mask, keep_scale
 
 DRAWS = 12  # the smallest result, dlora_bias, has 45 elements: the rule needs a few hundred
@@ -168,29 +168,57 @@ def test_only_the_gradients_asked_for(frozen):
 
 
 @pytest.mark.parametrize("regime", ["R1-bf16", "R2-bf16", "R3-autocast", "R4-fp32"])
-@pytest.mark.parametrize("config", ["plain", "dora"])
+@pytest.mark.parametrize("config", ["plain", "dora", "several", "several-one-rank"])
 def test_dropout_with_the_same_mask(regime, config, monkeypatch):
-    """PEFT's layer, given our mask as its dropout module, against the patched layer that draws it."""
+    """PEFT's layer, given our masks as its dropout modules, against the patched layer that draws them."""
     dtype, cast_adapters, autocast = REGIMES[regime]
-    p, seeds = 0.3, [torch.tensor(s) for s in (11, -22, 33)]
+    p, seeds = 0.3, [torch.tensor(s) for s in (11, -22, 33, 44, -55, 66, 77, 88, -99)]
     draws = []
     for seed in range(DRAWS):
         model = peft_model(dtype=dtype, seed=seed, cast_adapters=cast_adapters, lora_dropout=p, **CONFIGS[config])
         x, dy = inputs(dtype)
         patched, report = patched_copy(model)
         assert report.fused == 3
-        for draw_from in (peft_forward, peft_forward.dora_forward.__globals__):
-            queue = iter(seeds)
-            if isinstance(draw_from, dict):
-                monkeypatch.setitem(draw_from, "draw_seed", lambda device, queue=queue: next(queue))
-            else:
-                monkeypatch.setattr(draw_from, "draw_seed", lambda device, queue=queue: next(queue))
+        draw_these(seeds, monkeypatch)
         ours = run(patched, x, dy, autocast)
-        for name, mask_seed in zip("qkv", seeds, strict=True):
-            getattr(model.base_model.model, name).lora_dropout["default"] = FixedMask(mask_seed, p)
+        queue = iter(seeds)
+        for layer in layers(model):
+            for adapter in layer.active_adapters:
+                layer.lora_dropout[adapter] = FixedMask(next(queue), p)
         plain = run(model, x, dy, autocast)
         draws.append((ours, plain, run(copy.deepcopy(model).double(), x.double(), dy.double())))
     assert_accurate(draws)
+
+
+@pytest.mark.parametrize("order", [["default", "other"], ["other", "default"]], ids="-".join)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_adapters_of_two_dtypes(p, order, monkeypatch):
+    """A bfloat16 adapter beside a float32 one over a bfloat16 base, in PEFT's order of casts."""
+    draws = []
+    for seed in range(DRAWS):
+        model = peft_model(dtype=BF16, seed=seed, adapters=2, lora_dropout=p, lora_bias=True)
+        model.base_model.set_adapter(order)
+        seeds = [torch.tensor(i) for i in range(6)]
+        for layer in layers(model):
+            layer.lora_A["other"].to(BF16), layer.lora_B["other"].to(BF16)
+        x, dy = inputs(BF16, (300,))
+        patched, report = patched_copy(model)
+        assert report.fused == 3
+        draw_these(seeds, monkeypatch)
+        ours, queue = run(patched, x, dy), iter(seeds)
+        for layer in layers(model):
+            for name in order:
+                layer.lora_dropout[name] = FixedMask(next(queue), p)
+        plain = run(model, x, dy)
+        draws.append((ours, plain, run(copy.deepcopy(model).double(), x.double(), dy.double())))
+    assert_accurate(draws)
+
+
+def draw_these(seeds, monkeypatch):
+    """Let the patched layers draw these seeds, in this order."""
+    queue = iter(list(seeds))
+    for module in (peft_forward, peft_dora):
+        monkeypatch.setattr(module, "draw_seed", lambda device: next(queue))
 
 
 class FixedMask(nn.Module):
@@ -201,7 +229,7 @@ class FixedMask(nn.Module):
         self.seed, self.p = seed, p
 
     def forward(self, x):
-        return x * keep_mask(self.seed, len(x), x.shape[-1], self.p) * keep_scale(self.p)
+        return x * keep_mask(self.seed, len(x), x.shape[-1], self.p).to(x.dtype) * keep_scale(self.p)
 
 
 def test_dropout_statistics_and_independence():
@@ -257,10 +285,16 @@ def test_checkpointing_recomputes_the_same(config, mode, reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("config", ["plain", "several", "dora"])
-def test_double_backward(config):
-    model = peft_model(seed=1, **CONFIGS[config]).double()
+@pytest.mark.parametrize(("config", "p"), [("plain", 0.0), ("several", 0.0), ("dora", 0.0), ("several", 0.3)])
+def test_double_backward(config, p, monkeypatch):
+    model = peft_model(seed=1, lora_dropout=p, **CONFIGS[config]).double()
     patched, _ = patched_copy(model)
+    if p:
+        seeds = [torch.tensor(i) for i in range(9)]
+        draw_these(seeds, monkeypatch)
+        for layer in layers(model):
+            for adapter in layer.active_adapters:
+                layer.lora_dropout[adapter] = FixedMask(seeds.pop(0), p)
     x, dy = torch.randn(5, K, dtype=torch.float64), torch.randn(5, 3 * N, dtype=torch.float64)
     results = []
     for m in (patched, model):
