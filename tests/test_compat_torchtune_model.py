@@ -1,4 +1,4 @@
-"""The functions that go with torchtune's LoRALinear, ``fuse``, and the drop-in beside torchtune where it is installed."""
+"""The functions that go with torchtune's LoRALinear, ``fuse``, and the drop-in beside torchtune where installed."""
 
 import inspect
 import pickle
