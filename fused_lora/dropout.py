@@ -68,7 +68,8 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
         raise TypeError(f"seed must be an int or an int64 tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit in a signed 64-bit integer, got {seed}")
-    return torch.tensor(seed, dtype=torch.int64, device=device)
+    # Not torch.tensor: its copy from the host would wait for a GPU, and fail while a CUDA graph is captured.
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def _mix(h):

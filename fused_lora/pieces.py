@@ -48,7 +48,12 @@ def _drop(mask: Mask | None) -> Any:
 
 def operand(plan: Plan, t: Tensor) -> Tensor:
     """x or w as the pieces take it: cast to autocast's dtype for kernels; the torch forms cast in passing."""
-    return t.to(plan.facts.dtype) if plan.strategy == "triton" else t
+    return in_memory(t.to(plan.facts.dtype) if plan.strategy == "triton" else t)
+
+
+def in_memory(t: Tensor | None) -> Any:
+    """``t`` with its values in its memory, which is what kernels and masks read; only a negative view is copied."""
+    return t.resolve_neg() if t is not None and t.is_neg() else t
 
 
 def _addressable(t: Tensor) -> Tensor:
@@ -59,16 +64,24 @@ def _addressable(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format) if reason else t
 
 
+def _addressable_weight(w: Tensor) -> Tensor:
+    """The same for w, which may be stored by its columns (the Conv1D of transformers)."""
+    return _addressable(w.t()).t() if w.stride(0) == 1 else _addressable(w)
+
+
 def _allow_tf32() -> bool:
-    """Whether torch's own float32 GEMMs may use TF32 on the GPU; the kernels follow."""
-    return torch.backends.cuda.matmul.allow_tf32
+    """Whether torch's own float32 GEMMs may use TF32 on the GPU; the kernels follow.
+
+    Not ``allow_tf32``: reading that raises where the setting was made through ``fp32_precision``.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def shrink(plan: Plan, x: Tensor, a: Tensor, mask: Mask | None) -> Tensor:
     """s = drop(x) aᵀ."""
     if plan.shrink == "torch":
         return vendor.shrink(x, a, _blocks(mask), plan.upcast)
-    return _kernels().shrink(x, a, _drop(mask), plan.tile("shrink"), allow_tf32=_allow_tf32())
+    return _kernels().shrink(x, in_memory(a), _drop(mask), plan.tile("shrink"), allow_tf32=_allow_tf32())
 
 
 def expand(
@@ -86,11 +99,12 @@ def expand(
     if plan.expand == "torch":
         return vendor.expand(x, w, bias, s, b, lora_bias, scale, dtype, plan.upcast)
     kernels, tile = _kernels(), plan.tile("expand")
+    b, bias, lora_bias = in_memory(b), in_memory(bias), in_memory(lora_bias)
     if plan.expand == "beta1":
         y = kernels.lowrank_y(s, b, bias, lora_bias, scale, dtype, tile, allow_tf32=_allow_tf32())
         return y.addmm_(x, w.t())
     if plan.expand == "descriptor":
-        x, w = _addressable(x), _addressable(w)
+        x, w = _addressable(x), _addressable_weight(w)
     return kernels.expand(x, w, bias, s, b, lora_bias, scale, tile, allow_tf32=_allow_tf32())
 
 
@@ -100,7 +114,7 @@ def grad_b(
     """ds = scale · dy b where b is given, db = scale · dyᵀ s where s is."""
     if plan.grad_b == "torch":
         return vendor.grad_b(dy, b, s, scale, plan.facts.adapter_dtype, plan.upcast)
-    dtype = plan.facts.adapter_dtype
+    dtype, dy, b = plan.facts.adapter_dtype, in_memory(dy), in_memory(b)
     return _kernels().grad_b(dy, b, s, scale, plan.tile("grad_b"), out_dtype=dtype, allow_tf32=_allow_tf32())
 
 
@@ -122,12 +136,12 @@ def grad_xa(
         if da is not None:
             return dx, da
     else:
-        kernels, tile = _kernels(), plan.tile("grad_x")
+        kernels, tile, dy, a = _kernels(), plan.tile("grad_x"), in_memory(dy), in_memory(a)
         if plan.grad_x == "beta1":
             dx = kernels.lowrank_x(ds, a, _drop(mask), dy.dtype, tile, allow_tf32=_allow_tf32()).addmm_(dy, w)
         else:
             if plan.grad_x == "descriptor":
-                dy, w = _addressable(dy), _addressable(w)
+                dy, w = _addressable(dy), _addressable_weight(w)
             dx = kernels.grad_x(dy, w, ds, a, _drop(mask), tile, allow_tf32=_allow_tf32())
         dx = dx.to(x_dtype)
     return dx, None if x is None else grad_a(plan, x, ds, mask)

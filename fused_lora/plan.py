@@ -326,8 +326,8 @@ def _descriptor_refusal(facts: Facts) -> str:
         return f"{facts.device.name} has no TMA (compute capability 9.0 and newer)"
     if _problem(facts).itemsize != 2:
         return f"it is for 16-bit dtypes, not {_short(facts.dtype)}"
-    if facts.N % 8 or facts.K % 8:
-        return f"N = {facts.N} and K = {facts.K} must be multiples of 8 (rows of 16 bytes)"
+    if facts.N % 8 or facts.K % 8 or 0 in (facts.N, facts.K):
+        return f"N = {facts.N} and K = {facts.K} must be positive multiples of 8 (rows of 16 bytes)"
     return ""
 
 

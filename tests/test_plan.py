@@ -166,7 +166,8 @@ def test_a_request_nobody_can_meet_lists_what_there_is(request_, message):
         (facts(CHIPS["sm_80"]), "NVIDIA A100 has no TMA"),
         (facts(CHIPS["ROCm"]), "AMD Instinct MI300X has no TMA"),
         (facts(dtype=torch.float32), "it is for 16-bit dtypes, not float32"),
-        (facts(K=4095), "K = 4095 must be multiples of 8"),
+        (facts(K=4095), "K = 4095 must be positive multiples of 8"),
+        (facts(K=0), "K = 0 must be positive multiples of 8"),
     ],
 )
 def test_descriptors_are_refused_where_they_cannot_address(given_facts, reason):

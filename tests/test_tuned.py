@@ -90,7 +90,7 @@ def test_a_forced_form_beats_the_table_and_takes_its_tile_only_in_that_form():
 @pytest.mark.parametrize(
     ("wrong", "given", "reason"),
     [
-        (entry(), {"N": 4095}, "N = 4095 and K = 4096 must be multiples of 8"),
+        (entry(), {"N": 4095}, "N = 4095 and K = 4096 must be positive multiples of 8"),
         (entry(), {"capability": (8, 0)}, "a GPU has no TMA"),
         (entry(regime="float32"), {"dtype": torch.float32}, "it is for 16-bit dtypes"),
         (entry(form="triton", tile=SKINNY), {}, "expand has no such form"),
