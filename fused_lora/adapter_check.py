@@ -146,8 +146,8 @@ def _sort_factor(result: Comparison, key: str, path: str, suffix: str, target: T
 def _misplaced(target: Target, path: str, embedding: bool) -> str:
     """Why factors cannot go to this module; "" where they can."""
     if path not in target.aliases:
-        near = next((n for n in target.places if n.endswith(f".{path}") or path.endswith(f".{n}")), "")
-        return f"the model has no module {path}" + (f", but one named {near}" if near else "")
+        near = [name for name in target.places if name.endswith(f".{path}") or path.endswith(f".{name}")]
+        return f"no module {path} in the model" + (f"; near: {min(near, key=len)}" if near else "")
     place = target.places.get(path)
     if place is None:
         return f"{path} has no LoRA" if target.adapted or target.kind == "new task" else f"{path} cannot get LoRA"
@@ -201,21 +201,37 @@ def _check_ranks(result: Comparison, files: AdapterFiles, config: AdapterConfig,
     result.scales = {path: lora_scale(r, result.alphas[path], config.use_rslora) for path, r in result.ranks.items()}
     for path, parts in result.factors.items():
         r, place = result.ranks[path], None if target is None else target.places[path]
-        for part, key in parts.items():
-            shape = files.stored[key].shape
-            wanted = None if place is None else place.shapes(r)[part == "lora_b"]
-            axis = 0 if part == "lora_a" else 1
-            groups = place.groups if place is not None else 1
-            if len(shape) <= axis or (place is None and len(shape) < 2):
-                result.add("shape", key, f"has shape {shape}, a factor has at least two dimensions")
-            elif part == "lora_a" and shape[0] != r:
-                result.add("rank", key, f"has rank {shape[0]}, the config says {r}")
-            elif wanted is not None and shape != wanted and place is not None and place.r in (None, r):
-                result.add("shape", key, f"has shape {shape}, {path} needs {wanted}")
-            elif part == "lora_a" and r % groups:
-                result.add("rank", key, f"has rank {r}, no multiple of the {groups} groups of {path}")
+        _check_shapes(result, path, {part: (key, files.stored[key].shape) for part, key in parts.items()}, r, place)
         if place is not None and place.r is not None:
             _check_against_layer(result, place, r, result.scales[path])
+
+
+def _check_shapes(
+    result: Comparison, path: str, shapes: Mapping[str, tuple[str, tuple[int, ...]]], r: int, place: Place | None
+) -> None:
+    """A layer's factors, part -> (key, shape), against the config's rank and the layer."""
+    thin = [(key, shape) for key, shape in shapes.values() if len(shape) < 2]
+    for key, shape in thin:
+        result.add("shape", key, f"has shape {shape}, a factor has at least two dimensions")
+    if thin:
+        return
+    stored = shapes["lora_a"][1][0] if "lora_a" in shapes else r
+    if stored != r:
+        for key, _ in shapes.values():
+            result.add("rank", key, f"has rank {stored}, the config says {r}")
+    if place is None:
+        b, shape = shapes.get("lora_b", ("", (1, stored)))
+        if not shape[1] or stored % shape[1]:  # a convolution with groups has a part of the ranks in each
+            result.add("shape", b, f"has shape {shape}, which does not go with rank {stored}")
+        return
+    if stored == 0 or (place.r is None and stored % place.groups):
+        result.add("rank", path, f"has rank {stored}, no multiple of its {place.groups} groups")
+        return
+    for part, (key, shape) in shapes.items():
+        wanted = place.shapes(stored)[part == "lora_b"]
+        # Another rank than the model's is said of the layer.
+        if shape != wanted and place.r in (None, stored):
+            result.add("shape", key, f"has shape {shape}, {path} needs {wanted}")
 
 
 def _check_against_layer(result: Comparison, place: Place, r: int, scale: float) -> None:

@@ -72,12 +72,14 @@ class AdapterFiles:
         Raises:
             AdapterError: the file changed since its header was read, or is broken.
         """
-        safetensors = _safetensors()
+        safetensors, keys = _safetensors(), list(keys)
         path = self.directory / WEIGHTS_FILE
+        if not keys:
+            return {}
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in keys}
-        except (OSError, safetensors.SafetensorError) as error:
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             raise AdapterError(f"{path} cannot be read: {error}") from None
 
 

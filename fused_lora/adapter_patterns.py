@@ -20,7 +20,7 @@ else:
 
 _MOST_CHARACTERS = 20_000
 _MOST_STATES = 20_000
-_MOST_STEPS = 20_000_000
+_MOST_STEPS = 5_000_000  # some seconds
 _PLAIN = re.compile(r"\^?[\w\-]+(?:\\?\.[\w\-]+)*")
 
 
@@ -42,6 +42,8 @@ class Pattern:
         self.pattern = pattern
         self._states: list[tuple[Any, tuple[int, ...]]] = [(None, ())]  # state 0 accepts
         self._looks: dict[tuple[int, int], bool] = {}
+        self._known: dict[Any, frozenset[int]] = {}
+        self._looks_around = self._looks_far = False
         self._steps = 0
         if len(pattern) > _MOST_CHARACTERS:
             raise PatternError(f"a pattern of {len(pattern):,} characters is longer than {_MOST_CHARACTERS:,}")
@@ -57,8 +59,8 @@ class Pattern:
         """Whether the whole text matches, as re.fullmatch has it."""
         self._looks.clear()
         states = self._follow({self._start}, text, 0)
-        for i, character in enumerate(text):
-            states = self._follow(self._read(states, character), text, i + 1)
+        for i in range(len(text)):
+            states = self._next(states, text, i)
         return 0 in states
 
     def _looks_ahead(self, start: int, text: str, position: int) -> bool:
@@ -66,20 +68,28 @@ class Pattern:
         if (start, position) not in self._looks:
             states, i = self._follow({start}, text, position), position
             while states and 0 not in states and i < len(text):
-                states = self._follow(self._read(states, text[i]), text, i + 1)
+                states = self._next(states, text, i)
                 i += 1
             self._looks[start, position] = 0 in states
         return self._looks[start, position]
 
-    def _read(self, states: set[int], character: str) -> set[int]:
-        following: set[int] = set()
-        for state in states:
-            test, after = self._states[state]
-            if isinstance(test, _Character) and test.accepts(character):
-                following.update(after)
-        return following
+    def _next(self, states: frozenset[int], text: str, i: int) -> frozenset[int]:
+        """The states after reading text[i]. Names begin alike and end alike, so most steps were taken before."""
+        around = (text[i + 1 : i + 2], i + 2 >= len(text)) if self._looks_around else None
+        key = (states, text[i], around)
+        known = self._known.get(key)
+        if known is None:
+            following: set[int] = set()
+            for state in states:
+                test, after = self._states[state]
+                if isinstance(test, _Character) and test.accepts(text[i]):
+                    following.update(after)
+            known = self._follow(following, text, i + 1)
+            if not self._looks_far:
+                self._known[key] = known
+        return known
 
-    def _follow(self, states: set[int], text: str, position: int) -> set[int]:
+    def _follow(self, states: set[int], text: str, position: int) -> frozenset[int]:
         """The states reached without reading a character."""
         reached, waiting = set(), list(states)
         while waiting:
@@ -93,7 +103,7 @@ class Pattern:
             test, after = self._states[state]
             if test is None or (callable(test) and test(text, position)):
                 waiting.extend(after)
-        return reached
+        return frozenset(reached)
 
     def _add(self, test: Any, *after: int) -> int:
         if len(self._states) >= _MOST_STATES:
@@ -118,8 +128,10 @@ class Pattern:
             least, most, items = argument
             return self._repeat(least, most, items, after)
         if operation is _c.AT and argument in _ANCHORS:
+            self._looks_around = True
             return self._add(_ANCHORS[argument], after)
         if operation in (_c.ASSERT, _c.ASSERT_NOT) and argument[0] == 1:
+            self._looks_far = True
             inner, wanted = self._sequence(argument[1], 0), operation is _c.ASSERT
             return self._add(lambda text, i: self._looks_ahead(inner, text, i) == wanted, after)
         raise PatternError(f"{self.pattern[:200]!r} uses {str(operation).lower()}, which has no bound on its time")
