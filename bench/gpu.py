@@ -25,7 +25,8 @@ from pathlib import Path
 
 import gpu_state
 import torch
-from gpu_sections import sections, summary
+from gpu_figures import figures
+from gpu_sections import sections, summary, terminal
 from measure import environment
 from shapes import REGIMES
 
@@ -33,7 +34,7 @@ KIND = "fused-lora gpu"
 _HERE = Path(__file__).parent
 _HUNG = 150.0  # seconds without a sign of life (a compile of torch.compile takes up to a minute)
 _MOST_CRASHES = 6
-__all__ = ["KIND", "main", "sections"]
+__all__ = ["KIND", "figures", "main", "sections", "summary"]
 
 
 def driver() -> dict[str, object]:
@@ -166,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.seconds = options.seconds or (300.0 if options.quick else 460.0)
     options.output = options.output or _HERE / "results" / ("tuned.json" if options.tune else "gpu.json")
     state = run(options)
-    print("\n".join(summary(state, options.output.name)))
+    print("\n".join(terminal(state, options.output.name)))
     return 1 if any(verdict.get("red") for verdict in state["correctness"].values()) else 0
 
 

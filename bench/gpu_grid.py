@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import peers
 import torch
 from providers import PROVIDERS, Inputs, Ours, Provider
 from shapes import MODES, REGIMES, SHAPE_SETS, Case
@@ -102,6 +103,8 @@ def add_providers() -> None:
         if name != "ours":
             PROVIDERS[name] = Provider(name, f"fused-lora, {request}", _forced(request), _refusal(request))
     PROVIDERS["peft-default"] = Provider("peft-default", "PEFT, fp32 adapters", _as_peft_comes, _comes_so_already)
+    PROVIDERS["torchtune"] = Provider("torchtune", "torchtune", peers.torchtune_layer, peers.torchtune_refusal)
+    PROVIDERS["loralib"] = Provider("loralib", "loralib", peers.loralib_layer, peers.loralib_refusal)
     PROVIDERS["peft-compile"] = Provider("peft-compile", "PEFT under torch.compile", _compiled, _not_compiled)
 
 

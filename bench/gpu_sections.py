@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from markdown import table
+
 _ORDER = (
     "ours", "ours-torch", "ours-beta1", "ours-pointer", "ours-descriptor",
     "beta1", "addmm", "peft", "peft-default", "peft-compile", "plain",
 )  # fmt: skip
-
-
-def _table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return ["", *lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
 def floor_seconds(cell: dict, ceilings: dict) -> float:
@@ -31,7 +28,8 @@ def floor_seconds(cell: dict, ceilings: dict) -> float:
     return moved / ceilings["copy_bytes_per_second"] + flops / ceilings["matmul_flops_per_second"]
 
 
-def _way(cell: dict) -> str:
+def way_of(cell: dict) -> str:
+    """Which of a cell's times is shown: of CUDA graphs, where there are any."""
     return "graph" if "graph" in cell else "eager"
 
 
@@ -41,7 +39,7 @@ def _tax(cell: dict, way: str, name: str) -> str:
 
 
 def _floor(cell: dict, content: dict) -> str:
-    frozen = cell.get(_way(cell), {}).get("frozen")
+    frozen = cell.get(way_of(cell), {}).get("frozen")
     if frozen is None:
         return "-"
     return f"{1 + floor_seconds(cell, content['ceilings']) / frozen['median']:.3f}"
@@ -51,14 +49,14 @@ def layers(content: dict) -> list[dict]:
     """The linears of one decoder layer summed, each as often as the layer holds it, where all of them were measured."""
     groups: dict[tuple, list[dict]] = {}
     for cell in content["cells"]:
-        if "frozen" in cell.get(_way(cell), {}):
+        if "frozen" in cell.get(way_of(cell), {}):
             key = tuple(cell[k] for k in ("set", "M", "regime", "p", "rank", "mode"))
             groups.setdefault(key, []).append(cell)
     found = []
     for (name, M, regime, p, rank, mode), cells in groups.items():
         if sum(cell["count"] for cell in cells) < 7:
             continue
-        way = _way(cells[0])
+        way = way_of(cells[0])
         common = set.intersection(*(set(cell[way]) for cell in cells))
         total = {n: sum(cell["count"] * cell[way][n]["median"] for cell in cells) for n in common}
         extra = sum(cell["count"] * floor_seconds(cell, content["ceilings"]) for cell in cells)
@@ -78,13 +76,13 @@ def _layer_lines(content: dict, name: str) -> list[str]:
     if not rows:
         return []
     columns = _columns(n for row in rows for n in row["tax"])
-    table = [
+    body = [
         [row["label"], row["way"], f"{row['seconds']['frozen'] * 1e3:.3f}", f"{row['floor']:.3f}"]
         + [f"{row['tax'][n]:.3f}" if n in row["tax"] else "-" for n in columns]
         for row in rows
     ]
     header = ["the 7 linears of a layer", "timed", "frozen, ms", "floor", *columns]
-    return [f"### LoRA tax of a decoder layer, from {name}", *_table(header, table)]
+    return [f"### LoRA tax of a decoder layer, from {name}", *table(header, body)]
 
 
 def _cell_lines(content: dict, name: str) -> list[str]:
@@ -102,7 +100,7 @@ def _cell_lines(content: dict, name: str) -> list[str]:
         ]
         header = ["cell", "frozen, ms", "floor", "expand/grad_x", *columns]
         what = "CUDA graphs" if way == "graph" else "eager, launches included"
-        lines += [f"### LoRA tax by cell, {what}, median (quartiles), from {name}", *_table(header, rows)]
+        lines += [f"### LoRA tax by cell, {what}, median (quartiles), from {name}", *table(header, rows)]
     return lines
 
 
@@ -117,7 +115,7 @@ def _memory_lines(content: dict, name: str) -> list[str]:
     ]
     return [
         f"### Peak memory of one pass beyond inputs and parameters, MiB, from {name}",
-        *_table(["cell", "frozen", *columns], rows),
+        *table(["cell", "frozen", *columns], rows),
     ]
 
 
@@ -131,7 +129,7 @@ def correctness_lines(content: dict, name: str) -> list[str]:
         rows.append([*key.split(" | "), state, worst, about])
     rows.sort(key=lambda row: ("RED", "green", "refused").index(row[2]))
     header = ["strategy or kernel", "regime", "", "worst error / plain's", ""]
-    return [f"### Against float64, bound 2, from {name}", *_table(header, rows)]
+    return [f"### Against float64, bound 2, from {name}", *table(header, rows)]
 
 
 def sections(content: dict, name: str) -> list[str]:
@@ -139,9 +137,8 @@ def sections(content: dict, name: str) -> list[str]:
     if content.get("quick"):
         return [f"{name} is of a --quick run: it shows that the benchmark runs, its times mean nothing."]
     lines = [
-        f"Device {content['device_name']}, driver {content.get('driver')}, CUDA {content.get('cuda')}, torch "
-        f"{content['torch']}, triton {content['triton']}, PEFT {content['peft']}, commit {content['commit']}"
-        f"{', with uncommitted changes' if content.get('dirty') else ''}, {content['date']}.",
+        f"* driver {content.get('driver')}, CUDA {content.get('cuda')}, {content.get('memory')} of memory, power limit "
+        f"{content.get('power_limit')}",
         "",
     ]
     if content["ceilings"]:
@@ -158,7 +155,19 @@ def sections(content: dict, name: str) -> list[str]:
     return lines
 
 
-def summary(content: dict, name: str) -> list[str]:
+def summary(content: dict, name: str) -> tuple[str, str]:
+    """(what was measured, the result) in a line each: the layer of the claim, its floor, ours and PEFT."""
+    rows = [row for row in layers(content) if "ours" in row["tax"]] if content["ceilings"] else []
+    if content.get("quick") or not rows:
+        return f"{len(content['correctness'])} checks against float64", "no layer was measured whole"
+    results = []
+    for row in rows[:2]:  # most important first: dropout off and on
+        others = ", ".join(f"{n} {row['tax'][n]:.3f}" for n in ("peft", "beta1") if n in row["tax"])
+        results.append(f"{row['label']}: {row['tax']['ours']:.3f}, floor {row['floor']:.3f}, {others}")
+    return "LoRA tax of the linears of a decoder layer", "; ".join(results)
+
+
+def terminal(content: dict, name: str) -> list[str]:
     """The end of the run on a terminal: what is red, the layers' taxes, what is missing."""
     red = [f"RED {key}: {v['red']}" for key, v in content["correctness"].items() if v.get("red")]
     checked = len(content["correctness"])

@@ -50,12 +50,21 @@ def sizes(quick: bool) -> list[Case]:
     return [case for case in grid if quick or (case.rank in (16, 64) and case.shape_set != "llama-3.2-1b")]
 
 
+def rule_of(case: Case, device: torch.device) -> Plan:
+    """What the plan does without a table."""
+    facts = plan_of(case, device, "triton").facts
+    return plan.make_plan(replace(facts, device=replace(facts.device, tuned=None)), "triton")
+
+
+def rule_form(case: Case, device: torch.device, piece: str) -> str:
+    return getattr(rule_of(case, device), piece)
+
+
 def choices(
     case: Case, device: torch.device, piece: str, quick: bool, red: Collection[str] = ()
 ) -> Iterator[tuple[str, Plan]]:
     """(form, plan with one tile) for all that can run a piece here, but the ``red`` forms; the rule's comes first."""
-    rule = plan_of(case, device, "triton")
-    rule = plan.make_plan(replace(rule.facts, device=replace(rule.facts.device, tuned=None)), "triton")
+    rule = rule_of(case, device)
     own = getattr(rule, piece)
     for form in sorted(_FORMS[piece], key=lambda form: form != own):
         if form in red:
@@ -125,8 +134,8 @@ def seconds_of(calls: dict[str, Callable[[], object]], device: torch.device, qui
     return {name: median(times) for name, times in launch_rounds(replays, 0.02 if quick else _SECONDS).items()}
 
 
-def tune_piece(worker, tensors: Tensors, piece: str) -> Entry:
-    """The fastest choice for one piece at one size."""
+def tune_piece(worker, tensors: Tensors, piece: str) -> Entry | None:
+    """The fastest choice for one piece at one size; None where the rule's choice is out."""
     case, quick = tensors.case, worker.options.quick
     verdicts = worker.state["correctness"]
     red = [form for form in _FORMS[piece] if verdicts.get(f"{piece} {form} | {case.regime}", {}).get("red")]
@@ -148,6 +157,8 @@ def tune_piece(worker, tensors: Tensors, piece: str) -> Entry:
             calls[number] = call
         else:
             worker.state["rejected"].append(f"{what}: its result is another")
+    if 0 not in calls or options[0][0] != rule_form(case, worker.device, piece):
+        return None  # the rule's own choice cannot run: there is nothing to be faster than
     worker.at(f"{case.id} | {piece} turns")
     times = seconds_of(calls, worker.device, quick)
     if piece == "grad_b":
@@ -306,7 +317,8 @@ def tune(worker) -> None:
         if time.time() > worker.options.deadline - (0 if worker.options.quick else _FOR_COMPILING):
             break
         tensors = Tensors(case, device)
-        found = [tune_piece(worker, tensors, p) for p in PIECES if case.p == 0.0 or p not in ("expand", "grad_b")]
+        wanted = [piece for piece in PIECES if case.p == 0.0 or piece not in ("expand", "grad_b")]
+        found = [entry for piece in wanted if (entry := tune_piece(worker, tensors, piece)) is not None]
         entries += found
         entries.append(tune_strategy(worker, case, entries))
         state["entries"] = [entry.as_dict() for entry in entries]

@@ -217,6 +217,16 @@ def test_sections_are_rendered_from_the_json_alone(bench):
     assert f"| {case['id']} | 1.0000 |" in text
 
 
+def test_the_line_and_the_plots_of_the_report(bench, tmp_path):
+    content, gpu = synthetic(bench), bench("gpu")
+    what, result = gpu.summary(content, "x.json")
+    assert what == "LoRA tax of the linears of a decoder layer"
+    assert "llama-3-8b, M 8192, bf16, p 0, r 16, forward+backward: 1.100, floor 1." in result
+    assert [path.name for path in gpu.figures(content, "x.json", tmp_path)] == ["x-tax.png", "x-rates.png"]
+    assert all(path.stat().st_size > 0 for path in tmp_path.iterdir())
+    assert gpu.figures(content | {"quick": True}, "x.json", tmp_path) == []
+
+
 def test_a_layers_tax_and_floor_are_those_of_its_linears(bench):
     render = bench("gpu_sections")
     content = synthetic(bench)

@@ -1,0 +1,356 @@
+"""One training step of a Llama with LoRA on all seven linears of every layer: seconds, tokens per second, peak memory.
+
+    python bench/model_step.py --output bench/results/model-step.json    Llama-3.2-1B's dimensions; on a CPU a tiny one
+    python bench/model_step.py --quick                                   a tiny one, two rounds
+
+The model is built from a configuration of transformers, with random weights and random tokens: nothing is loaded. A
+step is forward, backward and AdamW on what trains. The ways take turns, in an order drawn anew for every round:
+
+    frozen      no LoRA: forward, and backward to the embeddings' output; nothing trains. The floor
+    peft        PEFT, float32 adapters (its default)
+    patched     the same model after ``patch_peft``
+    apply_lora  ``fused_lora.apply_lora``, float32 adapters
+    full        every weight trains
+
+First the step's loss and the norm of its gradients are compared with PEFT's; a way that is off is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import importlib.metadata
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+
+import gpu_state
+import torch
+from gpu_timing import paired, rounds_for, spread
+from markdown import table
+from measure import environment
+from torch import Tensor, nn
+
+KIND = "fused-lora model step"
+WAYS = ("frozen", "peft", "patched", "apply_lora", "full")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK, ALPHA = 16, 32
+_LR = 1e-6  # so small that the rounds do not change what is measured
+_GATE = 0.05  # how far a loss may be from PEFT's, as a share of what the adapters do to it
+
+
+def llama(tiny: bool, device: torch.device) -> nn.Module:
+    """A Llama with random weights: the dimensions of Llama-3.2-1B in bfloat16, or a tiny one in float32."""
+    import transformers
+
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    sizes |= {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192}
+    if tiny:
+        sizes = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes |= {"num_key_value_heads": 2, "vocab_size": 160, "max_position_embeddings": 64}
+    config = transformers.LlamaConfig(**sizes, tie_word_embeddings=True, use_cache=False)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformers.LlamaForCausalLM(config)
+    return model.to(torch.float32 if tiny else torch.bfloat16).train()
+
+
+def _peft(model: nn.Module, dropout: float) -> nn.Module:
+    import peft
+
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=TARGETS)
+    wrapped = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:  # the same for every way; B as after some training, at zero the branch would do nothing
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
+    return wrapped
+
+
+def _patched(model: nn.Module, dropout: float) -> nn.Module:
+    from fused_lora import patch_peft
+
+    wrapped = _peft(model, dropout)
+    report = patch_peft(wrapped)
+    if report.fused != len(report.layers):
+        raise RuntimeError(f"not every layer is fused:\n{report}")
+    return wrapped
+
+
+def _apply(model: nn.Module, dropout: float) -> nn.Module:
+    from fused_lora import LoRAConfig, apply_lora, lora_layers
+
+    factors = dict(_peft(copy.deepcopy(model), dropout).named_parameters())
+    config = LoRAConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=TARGETS)
+    apply_lora(model, config, adapter_dtype=torch.float32)
+    for name, layer in lora_layers(model):
+        for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+            getattr(layer, ours).data.copy_(factors[f"base_model.model.{name}.{theirs}.default.weight"])
+    return model
+
+
+def _full(model: nn.Module, dropout: float) -> nn.Module:
+    return model
+
+
+def _frozen(model: nn.Module, dropout: float) -> nn.Module:
+    return model.requires_grad_(False)
+
+
+BUILD: dict[str, Callable[[nn.Module, float], nn.Module]] = {
+    "frozen": _frozen, "peft": _peft, "patched": _patched, "apply_lora": _apply, "full": _full,
+}  # fmt: skip
+
+
+class Way:
+    """One model and its step on the same tokens as all others."""
+
+    def __init__(self, name: str, base: nn.Module, ids: Tensor, dropout: float):
+        self.model = BUILD[name](copy.deepcopy(base), dropout).train()
+        self.ids = ids
+        self.whole = name == "full"
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        fused = ids.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.trained, lr=_LR, fused=fused) if self.trained else None
+        self.peak_bytes: int | None = None
+
+    def checkpointing(self, on: bool) -> None:
+        newer = hasattr(self.model, "activation_checkpointing_enable")  # a later name of transformers for the same
+        name = f"{'activation' if newer else 'gradient'}_checkpointing"
+        if on:
+            getattr(self.model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+        else:
+            getattr(self.model, f"{name}_disable")()
+
+    def loss(self) -> Tensor:
+        """Forward; the embeddings' output needs a gradient, as below a model that goes on, except where all trains."""
+        if self.whole:
+            return self.model(input_ids=self.ids, labels=self.ids).loss
+        embedded = self.model.get_input_embeddings()(self.ids).detach().requires_grad_()
+        return self.model(inputs_embeds=embedded, labels=self.ids).loss
+
+    def step(self) -> None:
+        self.loss().backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def check(self) -> tuple[float, float]:
+        """(loss, norm of the gradients of what trains)."""
+        loss = self.loss()
+        loss.backward()
+        norms = [p.grad.float().norm() for p in self.trained if p.grad is not None]
+        for parameter in self.trained:
+            parameter.grad = None
+        return loss.item(), torch.stack(norms).norm().item() if norms else 0.0
+
+    def seconds(self) -> float:
+        start = perf_counter()
+        self.step()
+        if self.ids.device.type == "cuda":
+            torch.cuda.synchronize()
+        return perf_counter() - start
+
+    def peak(self) -> int | None:
+        """The most memory a step takes beyond the weights and AdamW's moments; None on a CPU."""
+        if self.ids.device.type != "cuda":
+            return None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def static_bytes(self) -> int:
+        """Weights and AdamW's moments."""
+        state = self.optimizer.state.values() if self.optimizer is not None else ()
+        moments = sum(t.nbytes for values in state for t in values.values() if isinstance(t, Tensor))
+        return moments + sum(p.nbytes for p in self.model.parameters())
+
+
+def disagreement(found: dict[str, tuple[float, float]], name: str) -> str:
+    """Why a way does not compute what PEFT does at dropout 0; "" where it does.
+
+    The bound is a share of what the adapters change, so that it needs no knowledge of the model.
+    """
+    (loss, norm), (theirs, their_norm), (without, _) = found[name], found["peft"], found["frozen"]
+    effect = abs(theirs - without)
+    if not abs(loss - theirs) <= _GATE * effect:
+        return f"its loss is {loss:.6g}, PEFT's {theirs:.6g}, and {without:.6g} without adapters"
+    if not abs(norm - their_norm) <= _GATE * their_norm:
+        return f"the norm of its gradients is {norm:.6g}, PEFT's {their_norm:.6g}"
+    return ""
+
+
+def build(
+    base: nn.Module, ids: Tensor, dropout: float, left_out: dict[str, str], wanted: tuple[str, ...] = WAYS
+) -> dict[str, Way]:
+    """The ways that can be built; why the others cannot goes into ``left_out``."""
+    ways = {}
+    for name in wanted:
+        if name in left_out:
+            continue
+        try:
+            ways[name] = Way(name, base, ids, dropout)
+        except Exception as error:  # PEFT may not be installed, memory may not suffice: the rest is still worth timing
+            left_out[name] = f"{type(error).__name__}: {error}"
+    return ways
+
+
+def agree(base: nn.Module, ids: Tensor, left_out: dict[str, str]) -> dict[str, dict[str, float]]:
+    """Loss and gradient norm of one step at dropout 0, per way; a way that disagrees goes into ``left_out``."""
+    ways = build(base, ids, 0.0, left_out, WAYS[:-1])
+    found = {name: way.check() for name, way in ways.items()}
+    if "peft" in found:
+        for name in ("patched", "apply_lora"):
+            if name in found and (why := disagreement(found, name)):
+                left_out[name] = f"it is not timed: {why}"
+    return {name: {"loss": loss, "gradient_norm": norm} for name, (loss, norm) in found.items()}
+
+
+def measure(ways: dict[str, Way], seconds: float, tokens: int, left_out: dict[str, str]) -> dict[str, object]:
+    """Rounds in which every way takes one step; seconds, ratios within a round, memory."""
+    first, peaks = {}, {}
+    for name in list(ways):
+        try:
+            ways[name].step()
+            peaks[name] = ways[name].peak()
+            first[name] = ways[name].seconds()
+        except torch.OutOfMemoryError as error:
+            left_out[name] = str(error).splitlines()[0]
+            del ways[name]
+            torch.cuda.empty_cache()
+    shuffle, names = random.Random(0).shuffle, list(ways)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()  # a collection in the middle of a step would be timed
+    try:
+        for _ in range(rounds_for(sum(first.values()), seconds)):
+            shuffle(names)
+            for name in names:
+                times[name].append(ways[name].seconds())
+    finally:
+        gc.enable()
+    against = {
+        f"vs_{other}": {name: paired(times, name, other) for name in times if name != other}
+        for other in ("frozen", "peft")
+        if other in times
+    }
+    took = {name: spread(values) for name, values in times.items()}
+    speed = {name: round(tokens / value["median"], 1) for name, value in took.items()}
+    static = {name: way.static_bytes() for name, way in ways.items()}
+    return {
+        "seconds": took, "tokens_per_second": speed, **against, "peak_bytes": peaks, "static_bytes": static,
+    }  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> dict:
+    """Measure; what is there so far is written after every cell."""
+    start, device = time.time(), torch.device(options.device)
+    tiny = options.quick or device.type != "cuda"
+    base = llama(tiny, device)
+    shape = (2, 24) if tiny else (options.batch, options.length)
+    ids = torch.randint(0, base.config.vocab_size, shape, generator=torch.Generator().manual_seed(2)).to(device)
+    state: dict = {"kind": KIND, **environment(device), "transformers": importlib.metadata.version("transformers")}
+    state |= {"commit": state["commit"] or os.environ.get("COMMIT"), "quick": options.quick}
+    state |= {"batch": shape[0], "length": shape[1]}
+    state |= {"model": "Llama, tiny" if tiny else "Llama, the dimensions of Llama-3.2-1B", "rank": RANK}
+    state |= {"dtype": str(base.dtype).removeprefix("torch."), "left_out": {}, "checked": {}, "cells": []}
+    state["checked"] = agree(base, ids, state["left_out"])
+    seconds = 0.02 if options.quick else options.seconds / 6
+    for dropout in (0.0, 0.05):
+        ways = build(base, ids, dropout, state["left_out"])
+        for checkpointing in (False, True):
+            if time.time() - start > options.seconds and not options.quick:
+                state["left_out"][f"dropout {dropout:g}, checkpointing {checkpointing}"] = "the time was up"
+                continue
+            for way in ways.values():
+                way.checkpointing(checkpointing)
+            left_out: dict[str, str] = {}
+            cell = measure(dict(ways), seconds, ids.numel(), left_out)
+            state["cells"].append({"dropout": dropout, "checkpointing": checkpointing, **cell, "left_out": left_out})
+            gpu_state.write(options.output, state)
+            print(describe(state["cells"][-1]), file=sys.stderr, flush=True)
+        del ways
+    gpu_state.write(options.output, state)
+    return state
+
+
+def describe(cell: dict) -> str:
+    """One line on a finished cell."""
+    how = f"dropout {cell['dropout']:g}, checkpointing {'on' if cell['checkpointing'] else 'off'}"
+    taxes = ", ".join(f"{name} {ratio['median']:.3f}" for name, ratio in cell.get("vs_frozen", {}).items())
+    return f"{how}: time / frozen: {taxes}"
+
+
+def sections(content: dict, name: str) -> list[str]:
+    """Markdown of one JSON; ``name`` is its file's."""
+    if content["quick"]:
+        return [f"{name} is of a --quick run: it shows that the benchmark runs, its times mean nothing."]
+    lines = [
+        f"{content['model']}, {content['dtype']}, {content['batch']} x {content['length']} tokens, LoRA rank "
+        f"{content['rank']} on all seven linears, float32 adapters.",
+        "",
+    ]
+    for cell in content["cells"]:
+        how = f"dropout {cell['dropout']:g}, gradient checkpointing {'on' if cell['checkpointing'] else 'off'}"
+        rows = [
+            [
+                way,
+                f"{value['median'] * 1e3:.2f} ({value['q1'] * 1e3:.2f} to {value['q3'] * 1e3:.2f})",
+                f"{cell['tokens_per_second'][way]:,.0f}",
+                _ratio(cell, "vs_frozen", way),
+                _ratio(cell, "vs_peft", way),
+                _mib(cell["peak_bytes"].get(way)),
+                _mib(cell["static_bytes"].get(way)),
+            ]
+            for way, value in cell["seconds"].items()
+        ]
+        header = ["way", "ms per step", "tokens / s", "/ frozen", "/ PEFT", "peak MiB", "weights + moments MiB"]
+        lines += [f"### A training step, {how}, from {name}", *table(header, rows)]
+        lines += [f"* left out: {way}: {why}" for way, why in cell["left_out"].items()]
+    return [*lines, *(f"* left out: {way}: {why}" for way, why in content["left_out"].items())]
+
+
+def summary(content: dict, name: str) -> tuple[str, str]:
+    """(what was measured, the result) in a line each: ours against PEFT, over all cells."""
+    ratios = [cell["vs_peft"][way]["median"] for cell in content["cells"] for way in ("patched", "apply_lora")
+              if way in cell.get("vs_peft", {})]  # fmt: skip
+    result = f"time / PEFT {min(ratios):.3f} to {max(ratios):.3f}" if ratios else "ours or PEFT was left out"
+    return f"a training step, {content['model']}", result
+
+
+def _ratio(cell: dict, kind: str, way: str) -> str:
+    ratio = cell.get(kind, {}).get(way)
+    return f"{ratio['median']:.3f}" if ratio else "-"
+
+
+def _mib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:,.0f}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Training steps of a Llama with LoRA on every linear layer.")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds: shows that it runs")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=4, help="sequences (default: 4; 2 of the tiny model)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence (default: 2048; tiny: 24)")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of rounds and steps together (default: 300)")
+    default = Path(__file__).parent / "results" / "model-step.json"
+    parser.add_argument("--output", type=Path, default=default, help="default: bench/results/model-step.json")
+    options = parser.parse_args(arguments)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    state = run(options)
+    for name, reason in state["left_out"].items():
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    print(f"wrote {options.output}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""``bench/model_step.py``: its quick path, what it refuses to time, and what it renders."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+BENCH = Path(__file__).parents[1] / "bench"
+WAYS = {"frozen", "peft", "patched", "apply_lora", "full"}
+
+
+@pytest.fixture
+def step(monkeypatch):
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(BENCH)
+    yield importlib.import_module("model_step")
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCH:
+            del sys.modules[name]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+def test_the_quick_path(step, tmp_path):
+    out = tmp_path / "step.json"
+    step.main(["--quick", "--device=cpu", f"--output={out}"])
+    content = json.loads(out.read_text())
+    assert content["left_out"] == {}
+    assert {"torch", "transformers", "commit", "date", "batch", "length"} <= content.keys()
+    assert [(cell["dropout"], cell["checkpointing"]) for cell in content["cells"]] == [
+        (0.0, False), (0.0, True), (0.05, False), (0.05, True),
+    ]  # fmt: skip
+    for cell in content["cells"]:
+        assert cell["seconds"].keys() == cell["tokens_per_second"].keys() == WAYS
+        assert cell["vs_peft"].keys() == WAYS - {"peft"}
+        assert cell["static_bytes"]["full"] == 3 * cell["static_bytes"]["frozen"] + steps(cell)
+        assert cell["static_bytes"]["patched"] == cell["static_bytes"]["peft"] == cell["static_bytes"]["apply_lora"]
+    assert content["checked"].keys() == WAYS - {"full"}
+    assert step.sections(content, "step.json") == [
+        "step.json is of a --quick run: it shows that the benchmark runs, its times mean nothing."
+    ]
+
+
+def steps(cell: dict) -> int:
+    """AdamW's step counts: 4 bytes for each of the 20 parameters of the tiny model."""
+    return 4 * 20
+
+
+def test_a_way_that_computes_something_else_is_not_timed(step):
+    found = {"frozen": (5.0, 0.0), "peft": (6.0, 2.0), "patched": (6.01, 2.01), "apply_lora": (6.01, 3.0)}
+    assert step.disagreement(found, "patched") == ""
+    assert step.disagreement(found, "apply_lora") == "the norm of its gradients is 3, PEFT's 2"
+    found["patched"] = (5.0, 2.0)
+    assert step.disagreement(found, "patched") == "its loss is 5, PEFT's 6, and 5 without adapters"
+    found["patched"] = (float("nan"), 2.0)
+    assert "its loss is nan" in step.disagreement(found, "patched")
+
+
+def test_a_lost_scale_is_found_by_a_step(step, monkeypatch):
+    base = step.llama(True, torch.device("cpu"))
+    ids = torch.arange(48).reshape(2, 24)
+    apply = step.BUILD["apply_lora"]
+
+    def twice(model, dropout):
+        from fused_lora import lora_layers
+
+        for _, layer in lora_layers(apply(model, dropout)):
+            layer.set_scale(2 * layer.scale)
+        return model
+
+    monkeypatch.setitem(step.BUILD, "apply_lora", twice)
+    left_out: dict[str, str] = {}
+    step.agree(base, ids, left_out)
+    assert left_out.keys() == {"apply_lora"}
+    assert left_out["apply_lora"].startswith("it is not timed: its loss is")
+
+
+def test_a_way_that_cannot_be_built_is_named(step, monkeypatch):
+    def absent(model, dropout):
+        raise ImportError("no PEFT")
+
+    monkeypatch.setitem(step.BUILD, "peft", absent)
+    left_out: dict[str, str] = {}
+    ways = step.build(step.llama(True, torch.device("cpu")), torch.zeros(1, 4, dtype=torch.long), 0.0, left_out)
+    assert ways.keys() == WAYS - {"peft"}
+    assert left_out == {"peft": "ImportError: no PEFT"}
+
+
+def test_sections_and_summary(step):
+    ratio = {"median": 0.9, "q1": 0.8, "q3": 1.0, "rounds": 7}
+    cell = {"dropout": 0.05, "checkpointing": True, "seconds": {"patched": ratio}, "vs_peft": {"patched": ratio}}
+    cell |= {"tokens_per_second": {"patched": 8192.0}, "peak_bytes": {"patched": 2**30}, "left_out": {"full": "memory"}}
+    content = {"quick": False, "model": "Llama", "dtype": "bfloat16", "batch": 4, "length": 2048, "rank": 16}
+    content |= {"device_name": "a GPU", "left_out": {}, "cells": [cell | {"static_bytes": {"patched": 2**31}}]}
+    text = "\n".join(step.sections(content, "s.json"))
+    assert "### A training step, dropout 0.05, gradient checkpointing on, from s.json" in text
+    assert "| patched | 900.00 (800.00 to 1000.00) | 8,192 | - | 0.900 | 1,024 | 2,048 |" in text
+    assert "* left out: full: memory" in text
+    assert step.summary(content, "s.json")[1] == "time / PEFT 0.900 to 0.900"
