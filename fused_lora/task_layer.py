@@ -18,6 +18,7 @@ from .convolution import LoRAConv
 from .layer import _CALL_HOOKS, LoRAHolder, LoRALayer
 from .modules import LoRAEmbedding, LoRALinear
 from .ops.linear import lora_linear
+from .task_positions import differ_by_row
 from .task_selection import One, PerRow, Several, current, task_may_run
 
 _FACT_NAMES = "device dtype grad_fn is_cuda is_leaf is_meta layout ndim requires_grad shape"
@@ -115,7 +116,7 @@ class TaskLayer(LoRAHolder):
             return self._several(selection, args, kwargs)
         if self.registered:
             return self._per_row_of_wrapper(selection, args, kwargs)
-        x = self._check_rows(_only(args, kwargs), selection.rows)
+        x = self._check_rows(_only(args, kwargs), selection)
         parts = zip(selection.names, selection.split(x), strict=True)
         return selection.join([self._one(name, (part,), {}) for name, part in parts])
 
@@ -159,17 +160,18 @@ class TaskLayer(LoRAHolder):
             total = _branch(layer, x, layer._runtime_scale() * weight) + total
         return (y + total).to(y.dtype)
 
-    def _check_rows(self, x: Tensor, rows: int) -> Tensor:
-        embedding = isinstance(self.base, nn.Embedding)
+    def _check_rows(self, x: Tensor, selection: PerRow) -> Tensor:
+        rows, embedding = selection.rows, isinstance(self.base, nn.Embedding)
         if embedding and x.dim() > 1 and x.shape[0] == 1:
             return x.expand(rows, *x.shape[1:])  # positions that all rows share
         # Without a batch dimension: (K,) of a linear layer, (C, ...) of a convolution.
         least = 1 if embedding else len(getattr(self.base, "kernel_size", ())) + 2
-        if x.dim() < least or x.shape[0] != rows:
+        shared = embedding and x.dim() and x in selection.made_inside and differ_by_row(x)
+        if x.dim() < least or x.shape[0] != rows or shared:
             raise ValueError(
                 f"a task per row was given for {rows} rows, but layer {self.path!r} got an input of shape "
-                f"{tuple(x.shape)}: its first dimension must be the batch; leave the layer out with exclude_modules, "
-                "or run the rows of each task on their own"
+                f"{tuple(x.shape)}{', positions that the network made' if shared else ''}: its first dimension must be "
+                "the batch; leave the layer out with exclude_modules, or run the rows of each task on their own"
             )
         return x
 

@@ -16,7 +16,7 @@ import dataclasses
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -50,6 +50,7 @@ class PerRow:
         self._order = [row for rows in members.values() for row in rows]
         self._sorted = self._order == list(range(self.rows))
         self._indices: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.made_inside: Container[Tensor] = ()  # the tensors known not to come from the batch
 
     def _index(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The rows in the order of the groups, and the way back."""

@@ -16,12 +16,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import inject, task_state
 from .config import LoRAConfig
 from .task_layer import TaskLayer
+from .task_positions import MadeInside
 from .task_selection import One, PerRow, Selection, Several, enter, run
 from .task_wrapping import choose, constructor_of, make_task, register_base_module_wrapper
 
@@ -29,6 +31,8 @@ __all__ = ["Model", "register_base_module_wrapper"]
 
 _CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _SHAPE = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights")
+
+_WATCHED = 1000  # combinations of shapes to remember
 
 
 class Model(nn.Module):
@@ -84,6 +88,7 @@ class Model(nn.Module):
             **settings,
         )
         self._names: list[str] = []
+        self._watched: set[tuple[Any, ...]] = set()
         chosen = choose(model, self._config, self._everything)
         model.requires_grad_(False)
         for module, names in chosen.items():
@@ -186,7 +191,8 @@ class Model(nn.Module):
         Args:
             task: None: the base network bit for bit. A name: that task. A list of names and None: row i of the batch
                 runs with ``task[i]`` as if alone; the batch must be the first dimension of what every wrapped layer
-                gets (indices (1, ...) of an embedding count for every row).
+                gets (indices (1, ...) of an embedding count for every row). Embeddings of positions or distances that
+                have no such dimension are refused: leave them out with exclude_modules.
             tasks: several at once: the base plus the sum of the tasks' deltas; as a dict, weighted by floats or 0-d
                 tensors, which may require grad.
 
@@ -203,7 +209,23 @@ class Model(nn.Module):
                     f"task lists {selection.rows} rows, but no input has so many: shapes {shapes}; give one name or "
                     "None for each row of the batch, the first dimension"
                 )
+            with self._watch_positions(selection, leaves):
+                return run(selection, self.model, args, kwargs)
         return run(selection, self.model, args, kwargs)
+
+    @contextlib.contextmanager
+    def _watch_positions(self, selection: PerRow, leaves: Sequence[Tensor]) -> Iterator[None]:
+        """See ``task_positions.py``. Watching takes time: once for each combination of the inputs' shapes."""
+        shapes = (selection.rows, *(leaf.shape for leaf in leaves))
+        embeddings = any(isinstance(layer.base, nn.Embedding) for layer in self.lora_layers())
+        if torch.compiler.is_compiling() or not embeddings or shapes in self._watched:
+            yield
+            return
+        with MadeInside() as selection.made_inside:
+            yield
+        if len(self._watched) >= _WATCHED:
+            self._watched.clear()
+        self._watched.add(shapes)
 
     @contextlib.contextmanager
     def using(

@@ -177,6 +177,32 @@ def test_tasks_over_a_model(built, dtype):
     assert model.load_state_dict(model.state_dict()) == ([], [])
 
 
+@pytest.mark.parametrize("name", ["llama", "t5", "gpt2", "bert"])
+def test_as_many_rows_as_tokens(name):
+    """A square batch: no size tells rows from tokens, and T5 looks up the distance of every two tokens."""
+    torch.manual_seed(0)
+    network, _ = MODELS[name]()
+    model = tasks.Model(network.double().eval(), r=2).add_task("a").add_task("b")
+    for task in model.tasks:
+        for p in model.task_parameters(task):
+            torch.nn.init.normal_(p, std=0.2)
+    inputs = {"input_ids": torch.arange(2, 38).reshape(6, 6)}
+    if name == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    rows = ["a", "b", None, "a", "b", "b"]
+    if name == "t5":
+        with pytest.raises(
+            ValueError, match=r"relative_attention_bias' got .* \(6, 6\), positions that the network made"
+        ):
+            model(**inputs, task=rows)
+        return
+    for _ in range(2):  # the second time these shapes are known
+        logits = model(**inputs, task=rows).logits
+        for i, task in enumerate(rows):
+            alone = model(**{key: t[i : i + 1] for key, t in inputs.items()}, task=task).logits
+            torch.testing.assert_close(logits[i : i + 1], alone, rtol=1e-9, atol=1e-9)
+
+
 def theirs_and_ours(model, **settings):
     """PEFT's and our model from copies of one base, with the same factors."""
     theirs = get_peft_model(copy.deepcopy(model), LoraConfig(**settings))

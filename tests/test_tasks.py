@@ -200,6 +200,54 @@ def test_positions_that_all_rows_share():
     torch.testing.assert_close(model(ids, task=["b", None, "a"]), wanted)
 
 
+class Looks(nn.Module):
+    """Adds what it looks up for ``index(x)``."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.fc, self.place, self.index = nn.Linear(4, 4), nn.Embedding(9, 4), index
+
+    def forward(self, x):
+        return self.fc(x) * self.place(self.index(x))
+
+
+POSITIONS = {
+    "positions": lambda x: torch.arange(x.shape[1]),
+    "from a distance": lambda x: (torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])).abs().log1p().long(),
+    "written in place": lambda x: torch.zeros(x.shape[1], dtype=torch.long).add_(torch.arange(x.shape[1])).view(-1),
+}
+OF_ROWS = {
+    "from the batch": lambda x: x.argmax(-1),
+    "random for each row": lambda x: torch.randint(9, (len(x), 1)),
+    "from Python": lambda x: torch.tensor([[i] for i in range(len(x))]),
+    "the same for all rows": lambda x: torch.zeros(x.shape[:2], dtype=torch.long),
+    "made, then mixed with the batch": lambda x: torch.arange(len(x))[:, None] + x.argmax(-1) * 0,
+}
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_positions_that_look_like_rows_are_refused(kind):
+    model, x = make_model("a", net=Looks(POSITIONS[kind])), torch.randn(5, 5, 4)
+    for rows in (5, 3):
+        with pytest.raises(ValueError, match=r"layer 'place' got an input of shape \(5.*leave the layer out"):
+            model(x[:rows], task=["a", None, "a", None, "a"][:rows])
+    model = make_model("a", net=Looks(POSITIONS[kind]), exclude_modules=["place"])
+    wanted = [model(x, task=task) for task in ("a", None)]
+    y = model(x, task=["a", None, "a", None, "a"])
+    torch.testing.assert_close(y, torch.stack([wanted[i % 2][i] for i in range(5)]))
+
+
+@pytest.mark.parametrize("kind", OF_ROWS)
+def test_indices_of_rows_are_rows(kind):
+    model, x = make_model("a", net=Looks(OF_ROWS[kind])), torch.randn(5, 5, 4)
+    for _ in range(2):
+        y = model(x, task=["a", None, "a", None, "a"])
+        torch.manual_seed(0)
+    if "random" not in kind:
+        wanted = [model(x, task=task) for task in ("a", None)]
+        torch.testing.assert_close(y, torch.stack([wanted[i % 2][i] for i in range(5)]))
+
+
 def test_rows_that_are_not_the_first_dimension_are_refused():
     class Flat(nn.Module):
         def __init__(self):

@@ -73,6 +73,30 @@ def test_compiled_block_inside_an_eager_model(dynamo):
     assert together(work, list(wanted)) == {"a": 0, "b": 0, None: 0}
 
 
+def test_compiled_block_beside_an_embedding(dynamo):
+    """A batch of new shapes is watched for positions that are no rows; compiled blocks run in it all the same."""
+
+    class Embeds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.block = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+        def forward(self, ids):
+            return self.block(self.embed(ids))
+
+    model, ids = tasks.Model(Embeds()).add_task("a"), torch.arange(6).view(3, 2)
+    for p in model.task_parameters("a"):
+        nn.init.normal_(p)
+    rows = ["a", None, "a"]
+    wanted = model(ids, task=rows)
+    model.model.block.compile(fullgraph=True, backend="eager")
+    for width in (2, 2, 1, 1):
+        torch.testing.assert_close(model(ids[:, :width], task=rows), wanted[:, :width])
+    assert dynamo["unique_graphs"] > 0
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids, task=rows), wanted)
+
+
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_compiled_block_inside_a_checkpoint(reentrant, dynamo):
     loss = lambda m, x: value(m(x, task="a")) + 2 * value(m(x, task="b"))  # noqa: E731
