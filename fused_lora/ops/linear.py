@@ -48,11 +48,14 @@ def _factor(scale: float, scale_tensor: Tensor | None) -> float | Tensor:
     return scale_tensor if scale == 1.0 else scale_tensor * scale
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """The bodies choose their dtypes themselves."""
     if autocasting(device_type):
         return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    return _NOTHING
 
 
 def _forward(
@@ -71,7 +74,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Body of linear_forward: (y (..., N), s (M, R))."""
     N, K = weight.shape
-    rows = x.reshape(math.prod(x.shape[:-1]), K)
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), K)
     plan = plan_for(rows.shape[0], N, K, a.shape[0], dtype, a.dtype, p > 0.0, x.device, strategy)
     factor = _factor(scale, scale_tensor)
     mask = None if seed is None else pieces.Mask(seed, rows.shape[0], K, p)
@@ -79,8 +82,10 @@ def _forward(
         rows = pieces.operand(plan, rows)
         s = pieces.shrink(plan, rows, a, mask)
         y = pieces.expand(plan, rows, pieces.operand(plan, weight), bias, s, b, lora_bias, factor)
-    # Not .view: autograd forbids in-place work (an activation, += residual) on a view made inside a Function.
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], N)), s
+    if x.dim() != 2:
+        # Not .view: autograd forbids in-place work (an activation, += residual) on a view made inside a Function.
+        y = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], N))
+    return y, s
 
 
 def _backward(
@@ -101,40 +106,44 @@ def _backward(
     rank: int,
     need: list[bool],
     strategy: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Body of linear_backward; a gradient ``need`` (x, bias, a, b, lora_bias) does not ask for is an empty tensor."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Body of linear_backward; a gradient ``need`` (x, bias, a, b, lora_bias) does not ask for is None."""
     need_x, need_bias, need_a, need_b, need_lora_bias = need
     N = dy.shape[-1]
     lead = dy.shape[:-1]
-    dy = dy.reshape(math.prod(lead), N)
+    dy = dy if dy.dim() == 2 else dy.reshape(math.prod(lead), N)
     M = dy.shape[0]
     plan = plan_for(M, N, in_features, rank, dy.dtype, adapter_dtype, p > 0.0, dy.device, strategy)
     factor = _factor(scale, scale_tensor)
-    dx, dbias, da, db, dlora_bias = (dy.new_empty(0) for _ in need)  # an op's outputs must not alias each other
+    dx = dbias = da = db = dlora_bias = ds = None
     with _without_autocast(dy.device.type):
         if need_bias or need_lora_bias:
             total = dy.sum(0, dtype=acc_dtype(dy.dtype))
-            dbias = total.to(bias_dtype) if need_bias else dbias
-            dlora_bias = (total * factor).to(adapter_dtype) if need_lora_bias else dlora_bias
+            dbias = total.to(bias_dtype) if need_bias else None
+            dlora_bias = (total * factor).to(adapter_dtype) if need_lora_bias else None
         need_ds = need_x or need_a
         if need_ds or need_b:
-            ds, db_ = pieces.grad_b(plan, dy, b if need_ds else None, s if need_b else None, factor)
-            db = db if db_ is None else db_
+            ds, db = pieces.grad_b(plan, dy, b if need_ds else None, s if need_b else None, factor)
         mask = None if seed is None else pieces.Mask(seed, M, in_features, p)
         rows = None
         if need_a:
             assert x is not None
-            rows = pieces.operand(plan, x.reshape(M, in_features))
+            rows = pieces.operand(plan, x if x.dim() == 2 else x.reshape(M, in_features))
         if need_x:
             assert weight is not None
             assert a is not None
             assert ds is not None
-            dx, da_ = pieces.grad_xa(plan, dy, rows, pieces.operand(plan, weight), ds, a, mask, x_dtype)
-            dx, da = dx.view(*lead, in_features), da if da_ is None else da_
+            dx, da = pieces.grad_xa(plan, dy, rows, pieces.operand(plan, weight), ds, a, mask, x_dtype)
+            dx = dx if len(lead) == 1 else dx.view(*lead, in_features)
         elif rows is not None:
             assert ds is not None
             da = pieces.grad_a(plan, rows, ds, mask)
     return dx, dbias, da, db, dlora_bias
+
+
+def _backward_op(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """:func:`_backward` as an op, which returns no None but an empty tensor each: its outputs must not alias."""
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in _backward(dy, *arguments))
 
 
 def _forward_fake(x, weight, bias, a, b, lora_bias, scale, scale_tensor, seed, p, dtype, strategy):
@@ -157,7 +166,7 @@ def _backward_fake(
 
 # Without grad: an exported graph calls the ops outside the Function that differentiates them.
 _library.impl("linear_forward", torch.no_grad()(_forward), "CompositeExplicitAutograd")
-_library.impl("linear_backward", torch.no_grad()(_backward), "CompositeExplicitAutograd")
+_library.impl("linear_backward", torch.no_grad()(_backward_op), "CompositeExplicitAutograd")
 torch.library.register_fake("fused_lora::linear_forward", _forward_fake, lib=_library)
 torch.library.register_fake("fused_lora::linear_backward", _backward_fake, lib=_library)
 
@@ -256,6 +265,23 @@ def _differentiable_backward(
     return dx, dbias, da, db, dlora_bias
 
 
+_function_apply: Any = super(torch.autograd.Function, FusedLoRALinear).apply  # type: ignore[misc]
+
+
+def _apply(x, weight, bias, a, b, lora_bias, *constants):
+    """``FusedLoRALinear.apply``, in eager without the search for functorch's wrappers among all the arguments.
+
+    That search takes as long as a product of a small layer. Wrappers that outlived their transform are looked for among
+    the tensors that autograd follows; no transform is active here (:func:`_transformed`).
+    """
+    if torch.compiler.is_compiling():
+        return FusedLoRALinear.apply(x, weight, bias, a, b, lora_bias, *constants)
+    alive = torch._C._functorch.unwrap_if_dead
+    bias = None if bias is None else alive(bias)
+    lora_bias = None if lora_bias is None else alive(lora_bias)
+    return _function_apply(alive(x), alive(weight), bias, alive(a), alive(b), lora_bias, *constants)
+
+
 def _transformed() -> bool:
     """Whether a functorch transform or forward-mode AD is active: they differentiate the formula itself."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
@@ -320,9 +346,7 @@ def lora_linear(
         return reference.lora_linear(
             x, weight, lora_a, lora_b, factor, bias, dropout_p=p, lora_bias=lora_bias, seed=seed_tensor
         )
-    return FusedLoRALinear.apply(
-        x, weight, bias, lora_a, lora_b, lora_bias, scale, scale_tensor, seed_tensor, p, dtype, strategy
-    )
+    return _apply(x, weight, bias, lora_a, lora_b, lora_bias, scale, scale_tensor, seed_tensor, p, dtype, strategy)
 
 
 def explain(
