@@ -54,8 +54,8 @@ step() {
 
 check() {
   local parallel=()
-  python3 -c 'import xdist' 2>/dev/null && parallel=(-n 6)
-  step check 400 pytest tests/test_gpu.py -q -ra "${parallel[@]}"
+  python3 -c 'import xdist' 2>/dev/null && parallel=(-n 4) # more would not fit the largest tests into memory
+  step check 380 pytest tests/test_gpu.py -q -ra "${parallel[@]}"
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck initcheck; do
       step check 55 compute-sanitizer --tool "$tool" --error-exitcode 9 \

@@ -75,7 +75,7 @@ def _forced(request: str | None) -> Callable[[Inputs, float], nn.Module]:
 
 
 def _compiled(inputs: Inputs, p: float) -> nn.Module:
-    torch._dynamo.reset()  # else the eighth shape runs eagerly, without a word
+    torch._dynamo.reset()  # else the eighth shape runs eagerly, without a word, and the second for any shape
     return torch.compile(PROVIDERS["peft"].build(inputs, p))
 
 
@@ -106,6 +106,16 @@ def add_providers() -> None:
     PROVIDERS["torchtune"] = Provider("torchtune", "torchtune", peers.torchtune_layer, peers.torchtune_refusal)
     PROVIDERS["loralib"] = Provider("loralib", "loralib", peers.loralib_layer, peers.loralib_refusal)
     PROVIDERS["peft-compile"] = Provider("peft-compile", "PEFT under torch.compile", _compiled, _not_compiled)
+
+
+def in_time(name: str, case: Case) -> str:
+    """Why a provider is not timed in a cell for want of time; "" where it is."""
+    distance = penalty(case)
+    if name == "peft-compile" and distance > 0 and not (distance == 1 and case.linear == "q,o"):
+        return "each shape takes a compilation: timed in the cells of the claim only"
+    if distance > HEADLINE and name not in CORE:
+        return "timed in the cells of the claim and near them only"
+    return ""
 
 
 def penalty(case: Case) -> int:

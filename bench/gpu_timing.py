@@ -9,6 +9,7 @@ CPU there is only ``eager``.
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
 from collections.abc import Callable
@@ -48,7 +49,8 @@ class Subject:
         self.run = Pass(layer, inputs, mode)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.peak_bytes: int | None = None
-        self.kept_bytes = kept_bytes(layer, inputs.x)
+        compiled = hasattr(layer, "_orig_mod")  # by torch.compile: a hook on what it saves would change its graph
+        self.kept_bytes = None if compiled else kept_bytes(layer, inputs.x)
         for _ in range(_WARM_UP):
             self.run.seconds()
         if self.run.cuda:
@@ -78,14 +80,29 @@ class Subject:
     def capture(self, pool: tuple[int, int]) -> None:
         """Capture the pass. ``pool`` is shared: what a graph leaves behind the next may overwrite, nobody reads it."""
         self.run.prepare()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(_capture_stream()):  # what a first call on a stream allocates is no part of the graph
             self._body()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self._body()
+        self.graph = captured(self._body, pool)
+
+
+def captured(call: Callable[[], object], pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
+    """The graph of a call that has run before. Not ``torch.cuda.graph``: it collects garbage, which takes longer."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(_capture_stream()):
+        graph.capture_begin(pool=pool)
+        try:
+            call()
+        finally:
+            graph.capture_end()
+    torch.cuda.synchronize()
+    return graph
+
+
+@functools.cache
+def _capture_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
 
 
 def graph_rounds(subjects: dict[str, Subject], seconds: float) -> dict[str, list[float]]:

@@ -24,7 +24,7 @@ from statistics import median
 import gpu_state
 import torch
 from gpu_grid import STRATEGIES, cells, plan_of
-from gpu_timing import Subject, _host_seconds, eager_rounds, graph_rounds, launch_rounds
+from gpu_timing import Subject, _host_seconds, captured, eager_rounds, graph_rounds, launch_rounds
 from providers import PROVIDERS, make_inputs
 from shapes import SCALE, Case
 
@@ -127,10 +127,7 @@ def seconds_of(calls: dict[str, Callable[[], object]], device: torch.device, qui
     replays = {}
     pool = torch.cuda.graph_pool_handle()
     for name, call in calls.items():
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            call()
-        replays[name] = graph.replay
+        replays[name] = captured(call, pool).replay
     return {name: median(times) for name, times in launch_rounds(replays, 0.02 if quick else _SECONDS).items()}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import gpu_state
 import torch
-from gpu_grid import CORE, HEADLINE, PIECES, STRATEGIES, add_providers, cells, penalty, plan_of
+from gpu_grid import PIECES, STRATEGIES, add_providers, cells, in_time, penalty, plan_of
 from gpu_timing import Subject, ceilings, eager_rounds, graph_rounds, paired, spread
 from providers import PROVIDERS, available, check, make_inputs
 from shapes import Case
@@ -88,15 +88,13 @@ def subjects_of(worker: Worker, case: Case, left_out: dict[str, str]) -> dict[st
     subjects: dict[str, Subject] = {}
     for provider in available(case, worker.device, left_out):
         name = provider.name
-        if penalty(case) > HEADLINE and name not in CORE and not worker.options.quick:
-            left_out[name] = "timed in the cells of the claim only"
-            continue
-        if reason := worker.why_not(name, case):
+        if reason := ("" if worker.options.quick else in_time(name, case)) or worker.why_not(name, case):
             left_out[name] = reason
             continue
         worker.at(f"{case.id} | {name}")
         try:
-            check(name, case.regime, worker.device)
+            if name != "peft-compile":  # it is PEFT, and takes two more compilations
+                check(name, case.regime, worker.device)
             subject = Subject(provider.build(inputs, case.p), inputs, case.mode)
             if pool is not None:
                 subject.capture(pool)

@@ -85,6 +85,11 @@ def test_every_cell_of_the_issue_is_in_the_grid_and_the_claim_comes_first(bench)
     }
     assert {(c.linear, c.p) for c in first} == {(n, p) for n in ("q,o", "k,v", "gate,up", "down") for p in (0.0, 0.1)}
     assert all(c.M == 512 for c in grid[8:16] if c.regime == "bf16" and c.mode == "forward+backward")
+    in_time = bench("gpu_grid").in_time
+    assert not any(in_time(name, first[0]) for name in ("ours", "peft-compile", "ours-pointer"))
+    assert [in_time(name, grid[-1]) == "" for name in ("frozen", "beta1", "peft-compile", "ours-pointer")] == [
+        True, True, False, False,
+    ]  # fmt: skip
     penalties = [bench("gpu_grid").penalty(case) for case in grid]
     assert penalties == sorted(penalties)
 

@@ -1,6 +1,6 @@
 """The kernels on a real GPU. Where there is none every test here is skipped; nothing else of the suite needs one.
 
-    TRITON_INTERPRET=0 pytest tests/test_gpu.py -n 8     on a machine with a GPU
+    TRITON_INTERPRET=0 pytest tests/test_gpu.py -n 4     on a machine with a GPU
 
 The rest of the suite interprets the kernels, and one process can only do one of the two: in the whole suite these tests
 run in a process of their own.
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_lora import LoRALinear, lora_linear
 from fused_lora.accuracy import FACTOR, compare, random_case
-from fused_lora.dropout import keep_mask, keep_scale, threshold
+from fused_lora.dropout import BlockMask, as_seed, keep_mask, keep_scale, threshold
 from fused_lora.plan import plan_for
 
 DEVICE = torch.device("cuda")
@@ -229,7 +229,7 @@ def test_more_than_two_to_the_31_elements(request_, wide):
     y = lora_linear(x, w, a, b, 2.0, dropout_p=p, seed=seed, strategy=request_)
     (dx,) = torch.autograd.grad(y, x, dy)
     last = slice(M - 300, M)
-    keep = keep_mask(seed, M, K, p, DEVICE)[last]
+    keep = BlockMask(as_seed(seed, DEVICE), M, K, p).bits(M - 300, 300) != 0
 
     def formulas(dtype):
         x_, w_, a_, b_, dy_ = (t.detach().to(dtype) for t in (x[last], w, a, b, dy[last]))
