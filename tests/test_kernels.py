@@ -343,15 +343,37 @@ def test_empty_dimensions(sizes, regime):
             torch.testing.assert_close(ours.double(), truth, rtol=0.05, atol=0.05)
 
 
-def test_offsets_past_two_to_the_31():
-    """Rows 2**30 elements apart: address space is reserved for them, but only their pages are touched."""
-    x = torch.empty(2**31 + 64, dtype=BF16).as_strided((3, 48), (2**30, 1))
-    x.copy_(Layer(3, 40, 48, 8, BF16, BF16).x)
+def spread(t: Tensor, dim: int) -> Tensor:
+    """The values of t with more than 2**31 elements between the first and the last along dim.
+
+    Address space is reserved for them, but only the pages that hold values are touched.
+    """
+    step = 2**31 // (t.shape[dim] - 1) + 1
+    step += -step % 16
+    holder = torch.empty(step * (t.shape[dim] - 1) + t.shape[1 - dim], dtype=t.dtype)
+    return holder.as_strided(t.shape, (step, 1) if dim == 0 else (1, step)).copy_(t)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "pieces"),
+    [
+        ("x", ["shrink", "grad_a", "expand"]),
+        ("dy", ["grad_b", "grad_x"]),
+        ("w", ["expand", "grad_x"]),
+        ("a", ["shrink", "grad_x", "lowrank_x"]),
+        ("b", ["grad_b", "expand", "lowrank_y"]),
+    ],
+)
+def test_offsets_past_two_to_the_31(name, pieces, dim):
+    tiles = {"grad_b": GradBTile(SMALL, SMALL, SMALL), "expand": SMALL_GEMM, "grad_x": SMALL_GEMM}
+    tiles |= {"shrink": SMALL, "grad_a": SMALL} | dict.fromkeys(("lowrank_y", "lowrank_x"), SMALL_LOWRANK)
     layer = Layer(3, 40, 48, 8, BF16, BF16)
-    expected = [layer.ours(piece, SMALL) for piece in ("shrink", "grad_a")] + [layer.ours("expand", SMALL_GEMM)]
-    layer.x = x
-    got = [layer.ours(piece, SMALL) for piece in ("shrink", "grad_a")] + [layer.ours("expand", SMALL_GEMM)]
-    assert all(torch.equal(one, other) for (one,), (other,) in zip(expected, got, strict=True))
+    expected = [layer.ours(piece, tiles[piece]) for piece in pieces]
+    setattr(layer, name, spread(getattr(layer, name), dim))
+    for piece, results in zip(pieces, expected, strict=True):
+        for one, other in zip(results, layer.ours(piece, tiles[piece]), strict=True):
+            assert torch.equal(one, other), piece
 
 
 def test_the_same_bits_every_run():
