@@ -95,3 +95,56 @@ def game_chat(rng: random.Random, held_out: float = 0.3) -> tuple[list[Line], li
         unseen += [Line(rng.choice(_AROUND).format(phrase), label, kind) for phrase in phrases[:cut]]
         known += [Line(text, label, kind) for text in _filled(_AROUND, phrases[cut:])]
     return known, unseen
+
+
+# ---- quotes and their tags
+
+_THEMES = {
+    "books": _list("page, novel, library, chapter, reader, poem, author, story, ink, letter"),
+    "courage": _list("bravery, daring, valour, battle, danger, boldness, warrior, sword, victory, heroism"),
+    "humor": _list("laughter, joke, jest, grin, irony, clown, wit, parody, mockery, comedy"),
+    "love": _list("heart, kiss, tenderness, desire, passion, devotion, embrace, longing, romance, wedding"),
+    "nature": _list("forest, river, mountain, flower, rain, meadow, ocean, tree, bird, storm"),
+    "time": _list("hour, clock, yesterday, tomorrow, century, minute, calendar, youth, age, moment"),
+    "truth": _list("honesty, fact, proof, candour, sincerity, evidence, frankness, certainty, reality, clarity"),
+    "work": _list("labour, effort, toil, craft, duty, workshop, office, diligence, task, trade"),
+}
+_SAYINGS = _list(
+    "{} without {} is nothing, give me {} and i will find {}, every {} begins with {}, no {} ever feared {}, "
+    "{} is the mother of {}, who loses {} gains {}, we forget {} but never {}, between {} and {} lies a life"
+)
+
+
+class Quote(NamedTuple):
+    """A quote and its tags."""
+
+    text: str
+    tags: tuple[str, ...]
+
+
+def quotes(rng: random.Random, count: int, held_out: int = 200) -> tuple[list[Quote], list[Quote]]:
+    """(quotes to learn from, held-out quotes), ``count`` in all, at least 360; about one theme or two.
+
+    A quote joins two words. The pairs of the held-out quotes occur in no quote to learn from, in neither order.
+    """
+    themes = {word: theme for theme, words in _THEMES.items() for word in words}
+    one = [pair for words in _THEMES.values() for pair in itertools.combinations(words, 2)]
+    two = [pair for pair in itertools.combinations(themes, 2) if themes[pair[0]] != themes[pair[1]]]
+    pairs = one + rng.sample(two, count - len(one))
+    rng.shuffle(pairs)
+    made = [
+        Quote(rng.choice(_SAYINGS).format(*rng.sample(pair, 2)), tuple(sorted({themes[word] for word in pair})))
+        for pair in pairs
+    ]
+    return made[held_out:], made[:held_out]
+
+
+def general_text(rng: random.Random, sentences: int) -> list[str]:
+    """Sentences that say what belongs together, and quotes; nothing of tags."""
+    text = []
+    for _ in range(sentences):
+        theme, words = rng.choice(list(_THEMES.items()))
+        a, b, c = rng.sample(words, 3)
+        text += [f"a talk about {theme} is a talk about {a} and {b}", f"{a} and {b} and {c} belong to {theme}"]
+        text.append(rng.choice(_SAYINGS).format(a, rng.choice(words + rng.choice(list(_THEMES.values())))))
+    return text

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import random
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from _measures import mcnemar, wilson
 from _offline import Line, byte_tokenizer, game_chat, general_speech
 from _show import BLUE, GREY, figure, progress, table
 from torch import Tensor
@@ -34,7 +34,7 @@ def add_lora(model: torch.nn.Module, rank: int = 8) -> torch.nn.Module:
 
 
 def read_csv(path: Path, text: str, label: str, rng: random.Random) -> tuple[list[Line], list[Line]]:
-    """(lines to learn from, held-out fifth) of a CSV file with these columns. A text counts once, with its last label.
+    """(lines to learn from, held-out fifth, at most 1000) of a CSV file. A text counts once, with its last label.
 
     Raises:
         ValueError: a column is missing; too few lines; labels that are none.
@@ -51,7 +51,8 @@ def read_csv(path: Path, text: str, label: str, rng: random.Random) -> tuple[lis
     if len(lines) < 10 or not 2 <= labels <= 20:
         raise ValueError(f"{path} has {len(lines)} lines with {labels} labels: at least 10, and 2 to 20, are needed")
     rng.shuffle(lines)
-    return lines[len(lines) // 5 :], lines[: len(lines) // 5]
+    cut = min(1000, len(lines) // 5)
+    return lines[cut:], lines[:cut]
 
 
 def small_t5(lines: list[Line]) -> tuple[Any, Any]:
@@ -72,11 +73,13 @@ def encode(tokenizer: Any, lines: list[Line], device: torch.device) -> dict[str,
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def train(model: Any, tokenizer: Any, lines: list[Line], steps: int, rng: random.Random, what: str) -> list[float]:
+def train(
+    model: Any, tokenizer: Any, lines: list[Line], steps: int, lr: float, rng: random.Random, what: str
+) -> list[float]:
     """Train what requires a gradient, 32 lines a step; the loss of each step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
     losses = []
     model.train()
     for _ in (bar := progress(range(steps), what)):
@@ -116,19 +119,6 @@ def logits(model: Any, tokenizer: Any, lines: list[Line], lora: bool = True) -> 
     return outputs
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share."""
-    z = 1.959964
-    middle, half = right + z * z / 2, z * math.sqrt(right * (n - right) / n + z * z / 4)
-    return max(0.0, (middle - half) / (n + z * z)), min(1.0, (middle + half) / (n + z * z))
-
-
-def mcnemar(better: int, worse: int) -> float:
-    """Two-sided p of so uneven a split of the answers that changed, if each were as likely to change for the worse."""
-    n, fewer = better + worse, min(better, worse)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
-
-
 class Result(NamedTuple):
     """Held-out lines with the answers before and after, the loss of each LoRA step, claims and whether they hold."""
 
@@ -148,7 +138,15 @@ def run(args: argparse.Namespace) -> Result:
     base = args.model or args.out / "base"
     if not args.model:
         model, tokenizer = small_t5(general_speech() + known)
-        train(model.to(args.device), tokenizer, general_speech(), args.base_steps, rng, "general speech, all weights")
+        train(
+            model.to(args.device),
+            tokenizer,
+            general_speech(),
+            args.base_steps,
+            3e-3,
+            rng,
+            "general speech",
+        )
         model.save_pretrained(base)
         tokenizer.save_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -157,7 +155,7 @@ def run(args: argparse.Namespace) -> Result:
     before, base_logits = answers(model, tokenizer, unseen), logits(model, tokenizer, unseen)
     add_lora(model, args.rank)
     print(f"LoRA on {sum(1 for _ in lora_layers(model))} layers: {count_parameters(model)}")
-    losses = train(model, tokenizer, known, args.steps, rng, "LoRA alone")
+    losses = train(model, tokenizer, known, args.steps, args.lr, rng, "LoRA alone")
     after, tuned_logits = answers(model, tokenizer, unseen), logits(model, tokenizer, unseen)
 
     save_adapter(model, args.out / "adapter", overwrite=True)
@@ -191,8 +189,10 @@ def report(result: Result, path: Path) -> None:
     with figure(path, panels=2) as (bars, course):
         for i, color, name in ((0, GREY, "base model"), (1, BLUE, "with LoRA")):
             share, low, high = torch.tensor([pair[i] for pair in shares]).T
-            error = torch.stack([share - low, high - share]).clamp(min=0)
-            bars.barh([y + 0.4 * i for y in range(len(names))], share, 0.38, xerr=error, color=color, label=name)
+            error = torch.stack([share - low, high - share]).clamp(min=0).tolist()
+            bars.barh(
+                [y + 0.4 * i for y in range(len(names))], share.tolist(), 0.38, xerr=error, color=color, label=name
+            )
         bars.set_yticks([y + 0.2 for y in range(len(names))], names)
         bars.invert_yaxis()
         bars.grid(axis="y", visible=False)
@@ -213,12 +213,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--label-column", default="label", help="of the CSV file (%(default)s)")
     parser.add_argument("--rank", type=int, default=8, help="of the adapters (%(default)s)")
     parser.add_argument("--steps", type=int, help="of LoRA training, 32 lines each (400; with --quick 150)")
+    parser.add_argument("--lr", type=float, help="of LoRA training, its peak (3e-3; with --model 1e-3)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo-output/t5_toxicity"), help="folder (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="less training")
     args = parser.parse_args(argv)
     args.steps, args.base_steps = args.steps or (150 if args.quick else 400), 120 if args.quick else 300
+    args.lr = args.lr or (1e-3 if args.model else 3e-3)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         result = run(args)
