@@ -187,6 +187,14 @@ class TestFused:
         assert torch.equal(padded[layer.lora_ind], rows)
         assert not padded[~layer.lora_ind].any()
 
+    @pytest.mark.parametrize("name", ["linear-turned", "merged-qv-turned"])
+    def test_a_seed_fills_a_turned_weight_as_in_loralib(self, name):
+        layer, wanted = CASES[name].build(lora), torch.empty(N, K)
+        torch.manual_seed(3)
+        layer.weight.data.normal_()
+        torch.manual_seed(3)
+        assert torch.equal(layer.weight, wanted.normal_().t())
+
     def test_from_pretrained_keeps_the_weight(self):
         weight = torch.randn(V, K)
         layer = lora.Embedding.from_pretrained(weight, padding_idx=3)

@@ -18,7 +18,7 @@ ROOMS = (
     {"kernels"},
     {"dropout", "plan", "tuned", "reference", "vendor", "checks", "pieces"},
     {"ops"},
-    {"layer", "modules", "convolution", "parametrize", "config"},
+    {"layer", "modules", "dora", "convolution", "parametrize", "config"},
     {"inject", "report"},
     {
         "tasks",
@@ -174,20 +174,24 @@ def state():
 before = state()
 loaded = set(sys.modules)
 import fused_lora
+import fused_lora.compat.loralib, fused_lora.compat.torchtune
 after = state()
 assert not torch.cuda.is_initialized()
 for name in before:
     assert before[name] == after[name], name
 new = {{name.split(".")[0] for name in set(sys.modules) - loaded}}
-heavy = new & {{"numpy", "triton", "peft", "transformers", "safetensors", "sklearn", "rich", "matplotlib", "tqdm"}}
+heavy = new & {{"numpy", *{peers!r}}}
 assert not heavy, heavy
 """
-PEERS = ("triton", "peft", "transformers", "safetensors", "sklearn", "rich", "matplotlib", "tqdm")
+PEERS = (
+    *("triton", "peft", "transformers", "safetensors", "sklearn", "rich", "matplotlib", "tqdm"),
+    *("torchtune", "torchao", "loralib"),
+)
 
 
 @pytest.mark.parametrize("absent", [(), PEERS], ids=["with everything installed", "with torch alone"])
 def test_import_takes_nothing_prints_nothing_and_changes_nothing(absent, tmp_path):
-    command = [sys.executable, "-W", "error", "-c", IMPORT.format(absent=absent)]
+    command = [sys.executable, "-W", "error", "-c", IMPORT.format(absent=absent, peers=PEERS)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""

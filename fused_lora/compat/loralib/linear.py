@@ -29,7 +29,8 @@ class _LinearLayer(MergingLayer, nn.Linear):
         self.fan_in_fan_out = fan_in_fan_out
         self.reset_parameters()
         if fan_in_fan_out:
-            self.weight.data = self.weight.data.t().contiguous()
+            # A view, as in loralib: a model's own initialisation fills memory in order, and a seed should start it alike.
+            self.weight.data = self.weight.data.t()
 
     def reset_parameters(self) -> None:
         """Draw weight and bias as nn.Linear does, lora_A Kaiming-uniform with a = √5; lora_B becomes zero."""
