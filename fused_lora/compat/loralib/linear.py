@@ -29,7 +29,7 @@ class _LinearLayer(MergingLayer, nn.Linear):
         self.fan_in_fan_out = fan_in_fan_out
         self.reset_parameters()
         if fan_in_fan_out:
-            # A view, as in loralib: a model's own initialisation fills memory in order, and a seed should start it alike.
+            # A view, as in loralib: what a seed gives a model that initialises it depends on the strides.
             self.weight.data = self.weight.data.t()
 
     def reset_parameters(self) -> None:
