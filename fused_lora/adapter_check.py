@@ -34,7 +34,9 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def factor_key(path: str, part: str, embedding: bool) -> str:
-    """PEFT's key of lora_a or lora_b of a layer."""
+    """PEFT's key of lora_a, lora_b or magnitude of a layer."""
+    if part == "magnitude":
+        return f"{PREFIX}{path}.lora_magnitude_vector"
     letter = part[-1].upper()
     return f"{PREFIX}{path}.lora_embedding_{letter}" if embedding else f"{PREFIX}{path}.lora_{letter}.weight"
 
@@ -49,8 +51,8 @@ def base_key(key: str, adapted: Mapping[str, Any]) -> str:
 class Comparison:
     """What :func:`compare` found, and what loading would write.
 
-    ``factors``: for each layer, its parts ("lora_a", "lora_b") -> key of the file. ``base``: key of the base model's
-    state dict -> key of the file. ``ranks``, ``alphas`` and ``scales``: by layer, as the config has them.
+    ``factors``: for each layer, its parts (lora_a, lora_b, magnitude) -> key of the file. ``base``: key of the base
+    model's state dict -> key of the file. ``ranks``, ``alphas`` and ``scales``: by layer, as the config has them.
     ``unmatched``: layers of the file without a place. ``tensors``: what was read, by key of the file.
     """
 
@@ -84,9 +86,7 @@ def compare(
     """
     result = Comparison()
     in_base = _sort_keys(result, files, config, target)
-    if config.use_dora:
-        result.add("config", "use_dora", f"LoRA layers have no magnitudes; {_SEE_PATCH}")
-    _check_pairs(result, files, target)
+    _check_pairs(result, files, config, target)
     if target is not None:
         _check_targets(result, config, target)
     _check_ranks(result, files, config, target)
@@ -115,7 +115,7 @@ def _sort_keys(result: Comparison, files: AdapterFiles, config: AdapterConfig, t
         inner = key[len(PREFIX) :]
         suffix = next((suffix for suffix in _SUFFIXES if inner.endswith(suffix)), None)
         if suffix is not None:
-            _sort_factor(result, key, inner.removesuffix(suffix), suffix, target)
+            _sort_factor(result, key, inner.removesuffix(suffix), suffix, config, target)
         elif config.modules_to_save and (".modules_to_save." in inner or ".original_module." in inner):
             # With bias="all" PEFT writes the biases of these modules three times.
             result.add("note", key, "is PEFT's second copy of a saved module's tensor, and not read")
@@ -124,13 +124,18 @@ def _sort_keys(result: Comparison, files: AdapterFiles, config: AdapterConfig, t
     return in_base
 
 
-def _sort_factor(result: Comparison, key: str, path: str, suffix: str, target: Target | None) -> None:
+def _sort_factor(
+    result: Comparison, key: str, path: str, suffix: str, config: AdapterConfig, target: Target | None
+) -> None:
     part = _SUFFIXES[suffix]
-    if part in ("lora_bias", "magnitude"):
-        result.add("config", key, f"LoRA layers have no {part}; {_SEE_PATCH}")
+    if part == "magnitude" and not config.use_dora:
+        result.add("extra", key, "is of DoRA, which the config does not use")
+        return
+    if part == "lora_bias":
+        result.add("config", key, f"LoRA layers have no bias on B; {_SEE_PATCH}")
         return
     if target is not None:
-        fault = _misplaced(target, path, "embedding" in suffix)
+        fault = _misplaced(target, path, None if part == "magnitude" else "embedding" in suffix)
         if fault:
             result.add("extra", key, fault)
             result.unmatched[path] = None
@@ -143,7 +148,7 @@ def _sort_factor(result: Comparison, key: str, path: str, suffix: str, target: T
         parts[part] = key
 
 
-def _misplaced(target: Target, path: str, embedding: bool) -> str:
+def _misplaced(target: Target, path: str, embedding: bool | None) -> str:
     """Why factors cannot go to this module; "" where they can."""
     if path not in target.aliases:
         near = [name for name in target.places if name.endswith(f".{path}") or path.endswith(f".{name}")]
@@ -153,21 +158,25 @@ def _misplaced(target: Target, path: str, embedding: bool) -> str:
         return f"{path} has no LoRA" if target.adapted or target.kind == "new task" else f"{path} cannot get LoRA"
     if place.refusal:
         return f"{path} cannot get LoRA: {place.refusal}"
-    if place.embedding != embedding:
+    if embedding is not None and place.embedding != embedding:
         return f"{path} is {'an' if place.embedding else 'no'} embedding"
     return ""
 
 
-def _check_pairs(result: Comparison, files: AdapterFiles, target: Target | None) -> None:
+def _check_pairs(result: Comparison, files: AdapterFiles, config: AdapterConfig, target: Target | None) -> None:
+    wanted = ("lora_a", "lora_b", "magnitude") if config.use_dora else ("lora_a", "lora_b")
     if target is not None and target.adapted:
         for place in target.own_places():
             if place.path not in result.factors:
-                for part in ("lora_a", "lora_b"):
+                for part in wanted:
                     result.add("missing", factor_key(place.path, part, place.embedding), f"{place.path} has LoRA")
     for path, parts in result.factors.items():
         key = next(iter(parts.values()))
-        for part in {"lora_a", "lora_b"}.difference(parts):
-            result.add("missing", factor_key(path, part, "lora_embedding_" in key), f"only {key} is there")
+        for part in wanted:
+            if part not in parts:
+                result.add(
+                    "missing", factor_key(path, part, "lora_embedding_" in key), f"of its layer only {key} is there"
+                )
     if not result.factors and not result.findings:
         result.add("missing", str(files.directory), "there is no tensor of a LoRA layer in the file")
 
@@ -201,9 +210,24 @@ def _check_ranks(result: Comparison, files: AdapterFiles, config: AdapterConfig,
     result.scales = {path: lora_scale(r, result.alphas[path], config.use_rslora) for path, r in result.ranks.items()}
     for path, parts in result.factors.items():
         r, place = result.ranks[path], None if target is None else target.places[path]
-        _check_shapes(result, path, {part: (key, files.stored[key].shape) for part, key in parts.items()}, r, place)
+        shapes = {part: (key, files.stored[key].shape) for part, key in parts.items() if part != "magnitude"}
+        _check_shapes(result, path, shapes, r, place)
+        if config.use_dora and place is not None:
+            _check_magnitude(result, files, parts.get("magnitude"), place, target)
         if place is not None and place.r is not None:
-            _check_against_layer(result, place, r, result.scales[path])
+            _check_against_layer(result, place, r, result.scales[path], config.use_dora)
+
+
+def _check_magnitude(
+    result: Comparison, files: AdapterFiles, key: str | None, place: Place, target: Target | None
+) -> None:
+    shapes = place.shapes(1)
+    if target is not None and target.kind in ("task", "new task"):
+        result.add("config", place.path, f"use_dora goes with apply_lora, not with tasks; {_SEE_PATCH}")
+    elif place.embedding or len(shapes[0]) != 2:
+        result.add("config", place.path, f"use_dora goes with linear layers only; {_SEE_PATCH}")
+    elif key is not None and files.stored[key].shape != shapes[1][:1]:
+        result.add("shape", key, f"has shape {files.stored[key].shape}, {place.path} needs {shapes[1][:1]}")
 
 
 def _check_shapes(
@@ -234,8 +258,10 @@ def _check_shapes(
             result.add("shape", key, f"has shape {shape}, {path} needs {wanted}")
 
 
-def _check_against_layer(result: Comparison, place: Place, r: int, scale: float) -> None:
+def _check_against_layer(result: Comparison, place: Place, r: int, scale: float, dora: bool) -> None:
     assert place.scale is not None
+    if place.dora != dora:
+        result.add("config", place.path, f"use_dora is {dora} in the config, {place.dora} in the model")
     if place.r != r:
         result.add("rank", place.path, f"has rank {place.r} in the model, {r} in the config")
     elif not math.isclose(place.scale, scale, rel_tol=1e-12):

@@ -201,6 +201,7 @@ class LayerSettings:
     scale: float
     lora_alpha: float
     use_rslora: bool
+    use_dora: bool
     lora_dropout: float | None  # None where the layer has none to set
     transposed: bool
 
@@ -247,7 +248,7 @@ def describe(
         "revision": None,
         "target_modules": _target_modules(layers, [*names], modules_to_save),
         "task_type": None,
-        "use_dora": False,
+        "use_dora": all(layer.use_dora for layer in layers.values()),
         "use_rslora": rslora,
     }
 

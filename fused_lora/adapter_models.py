@@ -37,6 +37,7 @@ class Place:
     lora: LoRALayer | None = None
     dtype: torch.dtype | None = None  # of the factors, or what they would be made in
     groups: int = 1
+    dora: bool = False
     refusal: str = ""
 
     @property
@@ -125,13 +126,14 @@ def _named(names: Mapping[nn.Module, list[str]]) -> tuple[list[str], dict[str, s
 
 def _is_factor(model: nn.Module, key: str) -> bool:
     path, _, name = key.rpartition(".")
-    return name in ("lora_a", "lora_b") and isinstance(model.get_submodule(path), LoRALayer)
+    return name in ("lora_a", "lora_b", "magnitude") and isinstance(model.get_submodule(path), LoRALayer)
 
 
 def _of_lora(layer: LoRALayer, names: tuple[str, ...]) -> Place:
     shapes = tuple(layer.lora_a.shape), tuple(layer.lora_b.shape)
     embedding = issubclass(layer.base_type, nn.Embedding)
-    return Place(names, embedding, lambda r: shapes, layer.r, layer.scale, layer, layer.lora_a.dtype)
+    dora = layer.magnitude is not None
+    return Place(names, embedding, lambda r: shapes, layer.r, layer.scale, layer, layer.lora_a.dtype, dora=dora)
 
 
 def _of_plain(module: nn.Module, names: tuple[str, ...]) -> Place | None:
@@ -217,4 +219,5 @@ def _of_peft(layer: Any, adapter: str, names: tuple[str, ...]) -> Place:
     else:
         a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     shapes = tuple(a.shape), tuple(b.shape)
-    return Place(names, embedding, lambda r: shapes, layer.r[adapter], float(layer.scaling[adapter]), dtype=a.dtype)
+    r, scale, dora = layer.r[adapter], float(layer.scaling[adapter]), adapter in layer.lora_magnitude_vector
+    return Place(names, embedding, lambda _: shapes, r, scale, dtype=a.dtype, dora=dora)

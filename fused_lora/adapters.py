@@ -81,8 +81,10 @@ def save_adapter(
     settings, tensors = {}, {}
     for place in target.own_places():
         settings[place.path] = _settings(place)
-        for part in ("lora_a", "lora_b"):
+        for part in ("lora_a", "lora_b", *(["magnitude"] if place.dora else [])):
             tensors[factor_key(place.path, part, place.embedding)] = getattr(place.lora, part)
+    if len({layer.use_dora for layer in settings.values()}) > 1:
+        raise AdapterError("nothing was saved: some layers use DoRA and some do not, which PEFT's config cannot say")
     for key, tensor in target.base.items():
         path, _, name = key.rpartition(".")
         biased = name == "bias" and (bias == "all" or (bias == "lora_only" and path in settings))
@@ -214,11 +216,13 @@ def _settings(place: Place) -> LayerSettings:
     layer = place.lora
     if not isinstance(layer, LoRALayer):
         raise AdapterError(f"{place.path} {place.refusal}, which PEFT's files have no keys for")
-    if any(t.is_meta or hasattr(t, "full_tensor") for t in (layer.lora_a, layer.lora_b)):
+    if any(t.is_meta or hasattr(t, "full_tensor") for t in layer.trained()):
         raise AdapterError(f"nothing was saved: the factors of {place.path} are sharded or on the meta device")
     dropout = None if place.embedding else layer.lora_dropout
     transposed = getattr(layer, "fan_in_fan_out", False)
-    return LayerSettings(layer.r, layer.scale, layer.lora_alpha, layer.use_rslora, dropout, transposed)
+    return LayerSettings(
+        layer.r, layer.scale, layer.lora_alpha, layer.use_rslora, layer.magnitude is not None, dropout, transposed
+    )
 
 
 def _bias_kind(model: nn.Module, target: Target) -> str:
@@ -253,7 +257,8 @@ def _modules_to_save(target: Target, bias: str, names: Iterable[str] | None) -> 
 
 def _lora_config(config: AdapterConfig, result: Comparison) -> LoRAConfig:
     """A config for exactly the layers of the file, in expressions of our own making."""
-    return LoRAConfig(target_modules=_any_of(result.factors), bias=config.bias, **_task_settings(config, result, {}))
+    settings = _task_settings(config, result, {}) | {"bias": config.bias, "use_dora": config.use_dora}
+    return LoRAConfig(target_modules=_any_of(result.factors), **settings)
 
 
 def _task_settings(config: AdapterConfig, result: Comparison, others: Mapping[str, int]) -> dict[str, Any]:

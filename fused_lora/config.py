@@ -27,6 +27,7 @@ class LoRAConfig:
         exclude_modules: names or a regular expression, read in the same way; exclusion wins.
         lora_dropout: probability of dropping an element of a layer's input before lora_a. Embeddings have none.
         use_rslora: rank-stabilised scale.
+        use_dora: weight-decomposed LoRA, for linear layers; see :class:`fused_lora.LoRALinear`.
         rank_pattern, alpha_pattern: other values of r and lora_alpha for some modules. A key is a regular expression
             that must match a module name or its last components; the first key that matches counts.
         layers_to_transform: an index or indices: of the modules that target_modules (a list) names, only those inside
@@ -48,6 +49,7 @@ class LoRAConfig:
     exclude_modules: str | Iterable[str] | None = None
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: int | Iterable[int] | None = None

@@ -147,6 +147,8 @@ def _factors(model: nn.Module, lora_alpha: float, task: str | None) -> Iterator[
     if target.kind not in ("lora", "task"):
         raise ValueError("there is no LoRA layer in this model" + (f" for task {task!r}" if task else ""))
     places = list(target.own_places())
+    for place in places:
+        _refuse(place, place.dora, "DoRA is not converted; save_adapter writes it in PEFT's files")
     other = [
         f"{place.path} ({place.lora.scale * place.lora.r:g})"
         for place in places

@@ -69,8 +69,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, adapter_dtype: torch.dty
     Raises:
         TypeError: ``config`` is not a LoRAConfig.
         ValueError: nothing is chosen (the message lists near names); a chosen module is of an unsupported type, or is
-            hooked, patched or quantised in a way LoRA would lose; the model holds LoRA already, ours, a tasks.Model's
-            or PEFT's; a rank does not go with a convolution's groups.
+            hooked, patched or quantised in a way LoRA would lose, or not linear with ``use_dora``; the model holds LoRA
+            already, ours, a tasks.Model's or PEFT's; a rank does not go with a convolution's groups.
     """
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config must be a LoRAConfig, got {type(config).__name__}")
@@ -245,13 +245,18 @@ def _wrap(module: nn.Module, names: list[str], config: LoRAConfig, adapter_dtype
         "init_lora_weights": config.init_lora_weights,
         "adapter_dtype": adapter_dtype,
     }
+    convolution = _CONVOLUTIONS.get(type(module))
+    if config.use_dora and (convolution is not None or isinstance(module, nn.Embedding)):
+        raise ValueError(
+            f"{names[0]} is a {type(module).__name__}: use_dora is for linear layers; leave others out with "
+            "exclude_modules or a narrower target_modules"
+        )
     if isinstance(module, nn.Embedding):
         return LoRAEmbedding.from_embedding(module, **settings)
     settings["lora_dropout"] = config.lora_dropout
-    convolution = _CONVOLUTIONS.get(type(module))
     if convolution is not None:
         return convolution.from_conv(module, **settings)
-    return LoRALinear.from_linear(module, **settings)
+    return LoRALinear.from_linear(module, use_dora=config.use_dora, **settings)
 
 
 def _replace(model: nn.Module, names: list[str], module: nn.Module) -> None:

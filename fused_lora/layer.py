@@ -98,6 +98,7 @@ class LoRALayer(nn.Module):
     bias: nn.Parameter | None
     lora_a: nn.Parameter
     lora_b: nn.Parameter
+    magnitude: nn.Parameter | None  # of DoRA
     _merged_weight: Tensor | None
     _shell: tuple[nn.Module]  # in a tuple, so that it is not registered as a submodule
 
@@ -109,6 +110,7 @@ class LoRALayer(nn.Module):
         self.lora_dropout = check_p(lora_dropout)
         self.use_rslora = use_rslora
         self._enabled = True
+        self.register_parameter("magnitude", None)
         self.register_buffer("_merged_weight", None, persistent=False)
         self._merged_from: tuple[int, ...] = ()
 
@@ -255,8 +257,12 @@ class LoRALayer(nn.Module):
 
     def _versions(self) -> tuple[int, ...]:
         # Inference tensors count no versions: they cannot be written outside inference mode either.
-        parameters = (self.weight, self.lora_a, self.lora_b)
+        parameters = (self.weight, *self.trained())
         return tuple(count for p in parameters for count in (id(p), 0 if p.is_inference() else p._version))
+
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """lora_a, lora_b, and the magnitude of DoRA."""
+        return (self.lora_a, self.lora_b, *([] if self.magnitude is None else [self.magnitude]))
 
     @property
     def base_type(self) -> type[nn.Module]:
@@ -323,6 +329,8 @@ class LoRALayer(nn.Module):
             parts.append(f"lora_dropout={self.lora_dropout:g}")
         if self.use_rslora:
             parts.append("use_rslora=True")
+        if self.magnitude is not None:
+            parts.append("use_dora=True")
         if self.merged:
             parts.append("merged")
         if not self._enabled:

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .checks import check_operands
+from .dora import Adapter, Norms, dora_formula, dora_forward, row_norms
 from .layer import LoRALayer, check_init, default_adapter_dtype, is_transformers_conv1d, lora_scale
-from .ops.linear import lora_linear
+from .ops.linear import _transformed, lora_linear
 
 __all__ = ["LoRAEmbedding", "LoRALayer", "LoRALinear", "default_adapter_dtype", "lora_scale"]
 
@@ -32,6 +34,9 @@ class LoRALinear(LoRALayer):
         lora_alpha: scale is lora_alpha / r, or lora_alpha / √r with ``use_rslora``.
         lora_dropout: probability of dropping an element of x before lora_a, in [0, 1]; each layer has its own mask.
         use_rslora: rank-stabilised scale.
+        use_dora: weight-decomposed LoRA (Liu et al., DoRA, arXiv 2402.09353): the rows of W + ΔW are brought to the
+            lengths in the parameter ``magnitude`` (N,), which starts with theirs; y = magnitude / ‖W + ΔW‖ ⊙ (W + ΔW) x
+            + bias. As in PEFT the norm is a constant for the gradient, and with dropout W sees the dropped x too.
         init_lora_weights: True, "gaussian" or False, see :meth:`reset_lora_parameters`.
         device, dtype: of weight and bias.
         adapter_dtype: of lora_a and lora_b; default float32 over bfloat16 and float16, else ``dtype``.
@@ -55,6 +60,7 @@ class LoRALinear(LoRALayer):
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         init_lora_weights: bool | str = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -63,6 +69,8 @@ class LoRALinear(LoRALayer):
         super().__init__(r, lora_alpha, lora_dropout, use_rslora)
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._adopt(linear, adapter_dtype, init_lora_weights)
+        if use_dora:
+            self._decompose()
 
     @classmethod
     def from_linear(
@@ -73,6 +81,7 @@ class LoRALinear(LoRALayer):
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
     ) -> LoRALinear:
@@ -86,7 +95,25 @@ class LoRALinear(LoRALayer):
         layer = cls.__new__(cls)
         LoRALayer.__init__(layer, r, lora_alpha, lora_dropout, use_rslora)
         layer._adopt(linear, adapter_dtype, init_lora_weights)
+        if use_dora:
+            layer._decompose()
         return layer
+
+    def _decompose(self) -> None:
+        """Make this a DoRA layer that starts as its base."""
+        self._norms = Norms()
+        self.magnitude = nn.Parameter(self._row_norms().to(self.lora_a.dtype))
+
+    def _row_norms(self) -> Tensor:
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        return row_norms(weight, self.lora_a, self.lora_b, self._scale)
+
+    def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
+        """Draw new factors as :class:`LoRALayer` does; a magnitude starts with the lengths of the rows of W + ΔW."""
+        super().reset_lora_parameters(init_lora_weights)
+        if self.magnitude is not None:
+            with torch.no_grad():
+                self.magnitude.copy_(self._row_norms())
 
     def _read_base(self, base: nn.Module) -> None:
         self.fan_in_fan_out = is_transformers_conv1d(base)
@@ -114,6 +141,13 @@ class LoRALinear(LoRALayer):
         delta = torch.mm(a.t(), b.t()) if self.fan_in_fan_out else torch.mm(b, a)
         return delta.mul_(self._scale)
 
+    def _add_delta(self, delta: Tensor) -> Tensor:
+        total = super()._add_delta(delta)
+        if self.magnitude is not None:
+            ratio = self.magnitude.to(total.dtype) / self._row_norms().to(total.dtype)
+            total *= ratio if self.fan_in_fan_out else ratio[:, None]
+        return total
+
     def to_linear(self) -> nn.Linear:
         """A plain nn.Linear with the layer's present behaviour: ΔW merged in, or the base alone where disabled.
 
@@ -137,6 +171,8 @@ class LoRALinear(LoRALayer):
         return F.linear(x, weight, self.bias)
 
     def _lora_forward(self, x: Tensor) -> Tensor:
+        if self.magnitude is not None:
+            return self._dora_forward(x)
         return lora_linear(
             x,
             self.weight.t() if self.fan_in_fan_out else self.weight,
@@ -147,6 +183,17 @@ class LoRALinear(LoRALayer):
             dropout_p=self.lora_dropout,
             training=self.training,
         )
+
+    def _dora_forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        dtype = check_operands(x, weight, self.lora_a, self.lora_b, self.bias, None)
+        assert self.magnitude is not None
+        p = self.lora_dropout if self.training else 0.0
+        adapter = Adapter(self.lora_a, self.lora_b, self.magnitude, self._runtime_scale(), p)
+        if torch.compiler.is_compiling() or _transformed():
+            return dora_formula(x, weight, self.bias, adapter, dtype)
+        y = dora_forward(x.reshape(-1, x.shape[-1]), weight, self.bias, adapter, dtype, self._norms)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         layout = "fan_in_fan_out=True, " if self.fan_in_fan_out else ""

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .dora import Norms, dora_forward
 from .dropout import draw_seed
 from .ops.linear import FusedLoRALinear
-from .peft_dora import Norms, dora_forward
 from .peft_parts import LOW_PRECISION, Branch, route, route_mixed
 from .peft_several import Constants, FusedSeveralLinear
 

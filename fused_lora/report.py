@@ -20,10 +20,12 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """lora_a and lora_b of every LoRA layer and LoRA parametrization, each once: what an optimizer takes (with
-    ``bias="none"``)."""
+    """lora_a and lora_b (of DoRA, magnitude too) of every LoRA layer and LoRA parametrization, each once: what an
+    optimizer takes (with ``bias="none"``)."""
     for module in model.modules():
-        if isinstance(module, (LoRALayer, LoRAParametrization)):
+        if isinstance(module, LoRALayer):
+            yield from module.trained()
+        elif isinstance(module, LoRAParametrization):
             yield module.lora_a
             yield module.lora_b
 
@@ -86,7 +88,7 @@ def lora_report(model: nn.Module) -> LoRAReport:
     rows = []
     for layer, names in _named(model).items():
         if isinstance(layer, LoRALayer):
-            size = layer.lora_a.numel() + layer.lora_b.numel()
+            size = sum(p.numel() for p in layer.trained())
             kind = (type(layer).__name__, layer.base_type.__name__)
             rows.append(LoRAReportRow(tuple(names), *kind, layer.r, layer.scale, size))
     return LoRAReport(tuple(rows), count_parameters(model))

@@ -11,7 +11,7 @@ from peft_models import K, N, R, assert_accurate, layers, patched_copy, peft_mod
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fused_lora import peft_dora, peft_forward, peft_status
+from fused_lora import dora, peft_forward, peft_status
 from fused_lora.dropout import keep_mask, keep_scale
 
 DRAWS = 12  # the smallest result, dlora_bias, has 45 elements: the rule needs a few hundred
@@ -217,7 +217,7 @@ def test_adapters_of_two_dtypes(p, order, monkeypatch):
 def draw_these(seeds, monkeypatch):
     """Let the patched layers draw these seeds, in this order."""
     queue = iter(list(seeds))
-    for module in (peft_forward, peft_dora):
+    for module in (peft_forward, dora):
         monkeypatch.setattr(module, "draw_seed", lambda device: next(queue))
 
 

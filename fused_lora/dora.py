@@ -1,4 +1,4 @@
-"""DoRA over a frozen linear layer, without ever building the dense update B A.
+"""DoRA over a frozen linear layer, without ever building the dense update B A. For LoRALinear and for PEFT's layers.
 
     y = bias + mag ⊙ z    z = u + scale · s Bᵀ    u = x Wᵀ    s = x Aᵀ    mag = magnitude / ‖W + scale · B A‖ by row
 
@@ -14,7 +14,7 @@ a bfloat16 base get float32 gradients.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,16 @@ from .ops.linear import FusedLoRALinear
 
 # Elements that are in the accumulation dtype at one time during a product with A.
 _BLOCK = 1 << 22
+
+
+class Adapter(NamedTuple):
+    """What :func:`dora_forward` reads of an adapter: a (R, K), b (N, R), magnitude (N,), scale, probability p."""
+
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor
+    scale: float | Tensor
+    p: float
 
 
 class Norms:
@@ -66,14 +76,39 @@ class Norms:
         """‖w + scale · a b‖² = ‖w‖² + 2 scale · b·(a w) + scale² · b·(a aᵀ) b for each row w of W and b of B."""
         assert self._weight_squares is not None
         with torch.autocast(weight.device.type, enabled=False):
-            # Sums of a rank's length cost nothing in float64, and the three terms may cancel.
-            products = _skinny(weight, a.to(acc)).to(_sums(weight))
-            a, b = a.to(products.dtype), b.to(products.dtype)
-            cross = (products * b).sum(1)
-            square = (torch.mm(b, torch.mm(a, a.t())) * b).sum(1)
-            # Rounding can leave a row that the update cancels slightly below zero.
-            total = self._weight_squares + 2 * scale * cross + scale * scale * square
-            return total.clamp_min_(0).sqrt_().to(acc)
+            return _norms(self._weight_squares, weight, a, b, scale, acc)
+
+
+def _norms(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, acc: torch.dtype) -> Tensor:
+    """The root of ‖w‖² + 2 scale · b·(a w) + scale² · b·(a aᵀ) b for each row; squares are the ‖w‖²."""
+    # Sums of a rank's length cost nothing in float64, and the three terms may cancel.
+    products = _skinny(weight, a.to(acc)).to(_sums(weight))
+    a, b = a.to(products.dtype), b.to(products.dtype)
+    cross = (products * b).sum(1)
+    square = (torch.mm(b, torch.mm(a, a.t())) * b).sum(1)
+    # Rounding can leave a row that the update cancels slightly below zero.
+    return (squares + 2 * scale * cross + scale * scale * square).clamp(min=0).sqrt().to(acc)
+
+
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+    """‖W + scale · B A‖ by row, (N,), in float32 (float64 for a float64 layer), without what Norms keeps."""
+    acc = torch.promote_types(weight.dtype, torch.float32)
+    with torch.no_grad():
+        squares = torch.linalg.vector_norm(weight, dim=1, dtype=acc).to(_sums(weight)).square()
+        return _norms(squares, weight, a.detach(), b.detach(), scale, acc)
+
+
+def dora_formula(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, dtype: torch.dtype) -> Tensor:
+    """:func:`dora_forward` in plain differentiable operations: for torch.compile and functorch's transforms."""
+    acc = torch.promote_types(weight.dtype, torch.float32)
+    mag = adapter.magnitude.to(acc) / row_norms(weight, adapter.a, adapter.b, adapter.scale)
+    with torch.autocast(x.device.type, enabled=False):
+        x, weight = x.to(dtype), weight.to(dtype)
+        dropped = F.dropout(x, adapter.p)
+        u = F.linear(dropped, weight)
+        delta = F.linear(F.linear(dropped.to(acc), adapter.a.to(acc)) * adapter.scale, adapter.b.to(acc))
+        y = (u + delta) * mag if not adapter.p else F.linear(x, weight) + u * (mag - 1) + delta * mag
+        return (y if bias is None else y + bias.to(acc)).to(dtype)
 
 
 def _sums(t: Tensor) -> torch.dtype:
@@ -167,7 +202,7 @@ def _differentiable_backward(dy, x, weight, a, b, mag, factor, x_dtype, bias_dty
 def dora_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, branch: Any, dtype: torch.dtype, norms: Norms
 ) -> Tensor:
-    """DoRA's output for one adapter, ``branch`` as in :class:`fused_lora.peft_parts.Branch`.
+    """DoRA's output for one adapter, an :class:`Adapter` or what has its attributes.
 
     With dropout the base layer runs on the dropped x as well, as in PEFT:
     ``y = x Wᵀ + bias + (mag - 1) ⊙ (xd Wᵀ) + scale · (xd Aᵀ)(mag ⊙ B)ᵀ`` with xd = drop(x), one mask.
