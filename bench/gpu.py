@@ -88,12 +88,12 @@ def _start_check(group: tuple[str, ...], device: torch.device, quick: bool, fold
 
 
 def _blame(file: Path, red: str) -> bool:
-    """Mark what a dead process was at as red, unless it only ran out of time; whether it is to be started again."""
+    """Mark what a dead process was at as red, unless it only ran out of time: then it is not started again either."""
     found = json.loads(file.read_text()) if file.exists() else {}
     key = found.pop("attempting", None)
     if key is not None:
         gpu_state.write(file, found | ({key: {"red": red}} if red else {}))
-    return key is not None and bool(red)
+    return bool(red)
 
 
 def measure(options: argparse.Namespace, state: dict, deadline: float) -> None:
