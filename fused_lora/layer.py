@@ -6,6 +6,7 @@ weight. lora_b (of an embedding, lora_a) starts at zero, so a new layer is its b
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import autocasting
 from .dropout import check_p
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -231,8 +233,10 @@ class LoRALayer(nn.Module):
 
     def _sum_weight(self) -> Tensor:
         """weight + ΔW, added in float32 or float64 and rounded once to the dtype of weight."""
+        kind = self.weight.device.type
+        autocast = torch.autocast(kind, enabled=False) if autocasting(kind) else contextlib.nullcontext()
         # A sum made under inference_mode could not be used in a later training step; leaving that mode turns grad on.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), autocast:
             return self._add_delta(self.delta_weight()).to(self.weight.dtype)
 
     def _add_delta(self, delta: Tensor) -> Tensor:

@@ -203,6 +203,8 @@ def test_merge_unmerge_and_plain_layers(case, dtype):
     assert type(merged) is type(base) is layer.base_type
     assert torch.equal(merged(x), layer(x))
     assert merged.weight.requires_grad is False
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(layer.to_base().weight, merged.weight), "the sum is formed in float32 whatever autocast says"
     layer.set_scale(0.0)
     assert torch.equal(layer.to_base().eval()(x), layer(x)), "merging follows the scale"
     layer.set_scale(9 / R)
