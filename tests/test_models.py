@@ -20,6 +20,9 @@ from fused_lora import (
     tasks,
 )
 
+# Remembered before conftest.py replaces torch.empty: torch.device("meta") would not know the one it puts there.
+torch.utils._device._device_constructors()
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),  # PEFT's, over Conv1D
