@@ -87,8 +87,7 @@ class MergingLayer(LoRALayer, nn.Module):
 
     def _merge(self) -> None:
         if self._adapts:
-            # A tensor made under inference_mode could not be used in a later training step.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 self._base = self.weight.detach().clone()
                 self.weight.data.copy_(self._delta_weight().add_(self._base))
             self._sum, self._merged_from = _versions(self.weight), self._factor_versions()
@@ -96,7 +95,7 @@ class MergingLayer(LoRALayer, nn.Module):
 
     def _unmerge(self) -> None:
         if self._adapts:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 if self._base is not None and self._exact:
                     self.weight.data.copy_(self._base)
                 else:
