@@ -101,8 +101,11 @@ def _gemm(picked: GemmTile, problem: Problem, chip: Chip) -> Iterator[GemmTile]:
         varied.append(tile)
     if picked.split > 1:
         varied += [replace(picked, split=max(1, round(picked.split * factor))) for factor in _SPLITS]
+    # fp32 sums a thread may hold of its 255 registers. The pointer form also keeps addresses and masks of operands:
+    # with 128 sums it spills 1296 to 3000 bytes and wgmma is serialized (sm_90, bf16, triton 3.7.1).
+    most = 128 if picked.form == "descriptor" else 64
     for tile in varied:
-        sums = tile.block_m * tile.block_p <= 128 * 32 * tile.num_warps  # half of a thread's registers
+        sums = tile.block_m * tile.block_p <= most * 32 * tile.num_warps
         small = tile.block_m < 16 or tile.num_warps < 2 or tile.num_stages < 1
         if sums and not small and tiles.gemm_shared_bytes(tile, problem) <= chip.shared_limit:
             yield tile

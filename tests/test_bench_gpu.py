@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -279,3 +281,51 @@ def test_the_tuner_leaves_out_forms_that_are_red(bench):
 def test_the_script_refuses_a_phase_it_does_not_have():
     done = subprocess.run(["bash", str(BENCH / "gpu.sh"), "table", "fly"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "no phase fly: check, tune, table, model\n")
+
+
+class FakeEvent:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+@pytest.fixture
+def fake_cuda(bench, monkeypatch):
+    """The clockwork of ``gpu_timing`` without a GPU: events read the host's clock, a graph is the call itself."""
+    timing, tune = bench("gpu_timing"), bench("gpu_tune")
+    flushed = []
+    monkeypatch.setattr(timing, "_flush_buffer", lambda device: torch.zeros(8, dtype=torch.int8))
+    monkeypatch.setattr(torch.Tensor, "amax", lambda self: flushed.append(self.dtype))
+    calls = {"current_device": lambda: 0, "synchronize": lambda: None, "graph_pool_handle": lambda: (0, 0)}
+    for name, value in {"Event": FakeEvent, **calls}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for module in (timing, tune):
+        monkeypatch.setattr(module, "captured", lambda call, pool: SimpleNamespace(replay=call))
+    return flushed
+
+
+def test_launches_take_turns_behind_a_flush(bench, fake_cuda):
+    calls: list[str] = []
+
+    def slow():
+        calls.append("slow")
+        time.sleep(0.01)
+
+    times = bench("gpu_timing").launch_rounds({"fast": lambda: calls.append("fast"), "slow": slow}, 0.2)
+    rounds = len(times["slow"])
+    assert rounds == len(times["fast"]) >= 7
+    assert len(calls) == len(fake_cuda) == 2 * (rounds + 2)  # and two rounds before them
+    assert calls.count("fast") == calls.count("slow")
+    assert len({tuple(calls[i : i + 2]) for i in range(0, len(calls), 2)}) == 2  # in both orders
+    assert min(times["slow"]) >= 0.01 > max(times["fast"])
+
+
+def test_the_tuner_times_graphs_on_a_gpu(bench, fake_cuda):
+    calls = {0: lambda: time.sleep(0.004), 1: lambda: None}
+    took = bench("gpu_tune").seconds_of(calls, SimpleNamespace(type="cuda"), quick=True)
+    assert took[0] >= 0.004 > took[1]
