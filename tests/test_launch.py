@@ -120,6 +120,13 @@ def test_every_launch_is_on_the_device_of_its_tensors(module):
     assert all(guarded for name, _, guarded in found if name != "_reduce_kernel"), found
 
 
+def test_no_kernel_has_an_atomic():
+    """Their order of arrival would show in the bits, and no interpreted run could tell."""
+    for path in KERNELS.glob("*.py"):
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert not [name for name in names if name.startswith("atomic")], path.name
+
+
 CHIPS = {
     "sm_80": ((8, 0), 108), "sm_89": ((8, 9), 128), "sm_90": ((9, 0), 132), "sm_100": ((10, 0), 148),
     "sm_120": ((12, 0), 170),
