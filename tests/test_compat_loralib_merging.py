@@ -115,9 +115,11 @@ class TestFollowing:
         written = torch.randn_like(layer.weight)
         with torch.no_grad():
             layer.weight.copy_(written)
+            layer.lora_B.mul_(2)
         x = case.input(torch.float64)
         assert torch.equal(layer(x), nn.functional.linear(x, written, tensors["bias"]))
-        delta = case.delta(tensors["lora_A"], tensors["lora_B"])
+        delta = case.delta(tensors["lora_A"], 2 * tensors["lora_B"])
+        assert torch.equal(layer.weight, written)
         assert torch.allclose(layer.train().weight, written - delta, rtol=0, atol=1e-14)
 
     @pytest.mark.parametrize("name", NAMES)

@@ -12,6 +12,7 @@ from test_compat_torchtune import ALPHA, K, LoRALinear, N, R, checkpoint_of, for
 from torch import nn
 
 from fused_lora import lora_linear
+from fused_lora.compat import route
 from fused_lora.compat import torchtune as compat
 
 
@@ -140,3 +141,26 @@ class TestAgainstTorchtune:
             layer.load_state_dict(tensors)
         assert torch.equal(layers[0](x), layers[1](x)), "trainable: the same expression"
         assert str(inspect.signature(theirs.LoRALinear)).split("->")[0].count(",") == 7
+
+    def test_fuse_a_model_of_its_builders(self, theirs, monkeypatch):
+        from torchtune.models.llama2 import lora_llama2
+
+        model = lora_llama2(
+            lora_attn_modules=["q_proj", "k_proj", "v_proj", "output_proj"],
+            apply_lora_to_mlp=True,
+            apply_lora_to_output=True,
+            **{"vocab_size": 50, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64},
+            **{"max_seq_len": 64, "lora_rank": 4, "lora_alpha": 8.0},
+        ).double()
+        for name, parameter in model.named_parameters():
+            if "lora_b" in name:
+                nn.init.normal_(parameter, std=0.3)
+        compat.set_trainable_params(model, theirs.get_adapter_params(model))
+        tokens, calls, fused = torch.randint(0, 50, (2, 16)), [], route.fused
+        before, keys = model(tokens), list(model.state_dict())
+        assert compat.fuse(model) == 2 * 7 + 1
+        monkeypatch.setattr(route, "fused", lambda *args: calls.append(1) or fused(*args))
+        assert torch.allclose(model(tokens), before, rtol=0, atol=1e-10)
+        assert len(calls) == 2 * 7 + 1
+        assert list(model.state_dict()) == keys
+        assert list(theirs.get_adapter_params(model)) == list(compat.get_adapter_params(model))
