@@ -15,6 +15,7 @@ import argparse
 import csv
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,6 +180,8 @@ def report(result: Result, path: Path) -> None:
         shares.append([(n / len(chosen), *wilson(n, len(chosen))) for n in right])
         rows.append([kind, len(chosen), *(f"{s:.1%} ({low:.0%} to {high:.0%})" for s, low, high in shares[-1])])
     table("Right answers, with 95 % confidence intervals", ["held-out lines", "n", "before", "after"], rows)
+    label, most = Counter(line.label for line in result.lines).most_common(1)[0]
+    print(f"Who always says {label!r} has {most / len(result.lines):.1%} right.")
     pairs = [(x.label == a, x.label == b) for x, a, b in zip(*result[:3], strict=True)]
     better, worse = pairs.count((False, True)), pairs.count((True, False))
     print(f"{better} answers became right and {worse} wrong: p = {mcnemar(better, worse):.1e} (exact McNemar test)")

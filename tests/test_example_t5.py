@@ -104,6 +104,8 @@ def test_lora_teaches_the_game_clearly(finished):
     n, before, _, before_high, after, after_low, _ = map(float, row.groups())
     assert n > 150
     assert before < before_high < after_low < after
+    commonest = re.search(r"Who always says 'harmless' has ([\d.]+)% right", out)[1]
+    assert float(commonest) < after_low
     better, worse, p = re.search(r"(\d+) answers became right and (\d+) wrong: p = (\S+)", out).groups()
     assert float(p) < 1e-6
     assert int(better) - int(worse) == round(n * (after - before) / 100)
@@ -144,6 +146,17 @@ def test_a_users_model_and_csv(t5, finished, tmp_path, capsys):
     assert not (out / "base").exists()
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["base_model_name_or_path"]) == (4, model)
+
+
+def test_the_seed_decides_everything(t5, finished, tmp_path):
+    def adapter(seed, name):
+        model, out = str(finished[2] / "base"), tmp_path / name
+        assert t5.main(["--model", model, "--steps", "3", "--seed", seed, "--out", str(out)]) == 0
+        return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    first = adapter("1", "first")
+    assert adapter("1", "again") == first
+    assert adapter("2", "other") != first
 
 
 def test_a_line_of_a_csv_is_learnt_or_asked(t5, tmp_path):
