@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import REGIMES, compare, wide
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fused_lora import lora_linear
@@ -218,6 +219,16 @@ def make_like(layer, alpha):
     return twin
 
 
+class Watching(TorchDispatchMode):
+    """Counts matrix products, as FLOP counters and selective checkpointing do."""
+
+    products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.products += "mm" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
 class TestUnfused:
     """What the operator would not honour gives torchtune's own expression, bit for bit."""
 
@@ -246,6 +257,30 @@ class TestUnfused:
         assert seen == [name]
         handle.remove()
         assert self.reason(layer, x) == ""
+
+    def test_global_hooks_fire(self):
+        layer, x, seen = make_layer(), torch.randn(7, K), []
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+        try:
+            assert self.reason(layer, x) == route.HOOKS
+            layer(x)
+        finally:
+            handle.remove()
+        assert seen == [layer.dropout, layer.lora_a, layer.lora_b, layer]
+
+    def test_a_bias_given_to_a_factor_counts(self):
+        layer, x = make_layer(), torch.randn(7, K)
+        layer.lora_b.bias = nn.Parameter(torch.randn(N))
+        assert self.reason(layer, x) == route.FACTORS
+        base = F.linear(x, layer.weight, layer.bias)
+        assert torch.equal(layer(x), base + (ALPHA / R) * layer.lora_b(layer.lora_a(x)))
+
+    def test_dispatch_modes_see_the_plain_operations(self):
+        layer, x = make_layer(), torch.randn(7, K)
+        with Watching() as mode:
+            assert self.reason(layer, x) == route.TRACED
+            assert torch.equal(layer(x), self.plain(layer, x))
+        assert mode.products == 6
 
     def test_replaced_modules_are_called(self):
         layer, x = make_layer(), torch.randn(7, K)
@@ -297,3 +332,9 @@ class TestQuantised:
             found.append([y, *torch.autograd.grad(y, parameters, dy)])
             assert [type(t) is NF4Tensor for t in saved if t.shape == (N, K)] == [module is layer]
         assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+    def test_a_bias_of_another_dtype_is_added_by_torch(self):
+        layer, x = make_layer(checkpoint_of(torch.bfloat16)), torch.randn(3, K, dtype=torch.bfloat16)
+        nf4, (a, b) = layer.weight.detach().as_subclass(NF4Tensor), (layer.lora_a.weight, layer.lora_b.weight)
+        assert route.refusal(x, nf4, layer.bias, a, b, layer.dropout) == ""
+        assert route.refusal(x, nf4, layer.bias.float(), a, b, layer.dropout) == route.DTYPES
