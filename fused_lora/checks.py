@@ -127,8 +127,8 @@ def _examine(
     return dtype
 
 
-def check_scale(scale: float | Tensor) -> tuple[float, Tensor | None]:
-    """(float, None) or (1.0, 0-d tensor)."""
+def check_scale(scale: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    """(float, None) or (1.0, 0-d tensor on the CPU or on ``device``, that of x)."""
     if not isinstance(scale, Tensor):
         if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
             raise TypeError(f"scale must be a float or a 0-d tensor, got {type(scale).__name__}: use float(scale)")
@@ -148,4 +148,6 @@ def check_scale(scale: float | Tensor) -> tuple[float, Tensor | None]:
         raise ValueError(
             "scale requires grad, which is not supported: pass scale.detach(), or train the gain inside lora_b"
         )
+    if scale.device != device and scale.device.type != "cpu":
+        raise ValueError(f"scale is on {scale.device} and x is on {device}: move it there, or pass a Python float")
     return 1.0, scale.reshape(())

@@ -111,6 +111,10 @@ VALUES = {
     ),
     "lora_b elsewhere": ({"lora_b": torch.zeros(5, 3, device="meta")}, "lora_b is on meta and x is on cpu"),
     "bias elsewhere": ({"bias": torch.zeros(5, device="meta")}, "bias is on meta and x is on cpu"),
+    "scale elsewhere": (
+        {"scale": torch.zeros((), device="meta")},
+        "scale is on meta and x is on cpu: move it there, or pass a Python float",
+    ),
     "an unknown strategy": (
         {"strategy": "cuda"},
         "strategy must be None or one of torch, triton, reference, got 'cuda'",

@@ -331,7 +331,7 @@ def lora_linear(
     Source: Hu et al., LoRA, arXiv 2106.09685, equation 3. Gradients: ``docs/math.md``. Numerics: ``docs/numerics.md``.
     """
     dtype = check_operands(x, weight, lora_a, lora_b, bias, lora_bias)
-    scale, scale_tensor = check_scale(scale)
+    scale, scale_tensor = check_scale(scale, x.device)
     p = check_p(dropout_p)
     p = p if training else 0.0
     composite = strategy == "reference" or _transformed()
@@ -368,7 +368,7 @@ def explain(
     Same arguments, checks and errors as :func:`lora_linear`.
     """
     dtype = check_operands(x, weight, lora_a, lora_b, bias, lora_bias)
-    check_scale(scale)
+    check_scale(scale, x.device)
     p = check_p(dropout_p)
     N, K = weight.shape
     dropout = training and p > 0.0
