@@ -183,6 +183,11 @@ def _check_pairs(result: Comparison, files: AdapterFiles, config: AdapterConfig,
 
 def _check_targets(result: Comparison, config: AdapterConfig, target: Target) -> None:
     """The layers that the config names against those the file has tensors for."""
+    for path in result.factors:
+        ends = (name.rpartition(".") for name in target.places[path].names)
+        if len({(target.aliases.get(holder, ""), name) for holder, _, name in ends}) > 1:
+            names = ", ".join(target.places[path].names[1:])
+            result.add("note", path, f"is {names} too, all one layer here; PEFT puts LoRA under the first name alone")
     try:
         named = config.targets(target.names)
     except PatternError as error:
@@ -190,6 +195,9 @@ def _check_targets(result: Comparison, config: AdapterConfig, target: Target) ->
         return
     if named is None:
         return
+    if config.layers_to_transform is not None and named != result.factors.keys():
+        old = config.targets(target.names, old=True)
+        named = old if old == result.factors.keys() else named
     for path in result.factors:
         if path not in named and not named.intersection(target.places[path].names):
             for key in result.factors[path].values():
@@ -335,7 +343,11 @@ def _fitting_base(
     result: Comparison, files: AdapterFiles, config: AdapterConfig, target: Target, in_base: Mapping[str, str]
 ) -> list[str]:
     """The keys of the base model's tensors that are worth reading; finds what is missing and what has no place."""
-    for inner in sorted(_biases(config, target, result).difference(in_base)):
+    biases = _biases(config, target, result)
+    if config.bias == "lora_only" and METADATA_KEY not in files.metadata and biases.isdisjoint(in_base):
+        result.add("note", "bias", "lora_only, but no bias is in the file: PEFT up to 0.18 does not save them")
+        biases = set()
+    for inner in sorted(biases.difference(in_base)):
         result.add("missing", base_key(inner, result.factors), f"bias={config.bias!r} trains it")
     for name in config.modules_to_save:
         if not any(f".{name}." in f".{inner}" for inner in in_base):

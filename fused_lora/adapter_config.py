@@ -59,8 +59,11 @@ class AdapterConfig:
         """lora_alpha of each module. Raises as :meth:`ranks`."""
         return _by_pattern(self.alpha_pattern or {}, names, self.lora_alpha)
 
-    def targets(self, names: Iterable[str]) -> set[str] | None:
+    def targets(self, names: Iterable[str], old: bool = False) -> set[str] | None:
         """The modules PEFT would put LoRA on, by this config; None where it names none.
+
+        ``old``: as PEFT read layers_to_transform up to 0.18: the last number of a name counted, not the first, and the
+        list of layers had to be inside something.
 
         Raises:
             PatternError: a pattern that cannot be matched in bounded time.
@@ -69,7 +72,7 @@ class AdapterConfig:
             return None
         saved = [suffix_matcher(f"(?:{name})(?:\\..*)?") for name in self.modules_to_save]
         wanted, excluded = _selector(self.target_modules), _selector(self.exclude_modules or ())
-        in_layers, whole = self._layer_filter(), frozenset(self.target_modules)
+        in_layers, whole = self._layer_filter(old), frozenset(self.target_modules)
         return {
             name
             for name in names
@@ -78,7 +81,7 @@ class AdapterConfig:
             and not any(matches(name) for matches in saved)
         }
 
-    def _layer_filter(self) -> Callable[[str], bool] | None:
+    def _layer_filter(self, old: bool) -> Callable[[str], bool] | None:
         if isinstance(self.target_modules, str) or self.layers_to_transform in (None, ()):
             return None
         chosen = self.layers_to_transform
@@ -88,9 +91,11 @@ class AdapterConfig:
 
         def inside(name: str) -> bool:
             parts = name.split(".")
-            for i in range(1, len(parts) - 1):
+            places = range(1, len(parts) - 1)
+            for i in reversed(places) if old else places:
                 # Without layers_pattern PEFT asks for two components before the index.
                 named = any(holder(".".join(parts[:i])) for holder in holders) if holders else i > 1
+                named = named and (i > 1 or not old)
                 if named and parts[i].isdecimal():
                     return int(parts[i]) in indices
             return False

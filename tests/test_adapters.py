@@ -61,6 +61,8 @@ def test_from_peft_and_back(tmp_path, settings):
     first = nets.save_peft(peft, tmp_path / "peft")
     model = nets.make_net()
     assert load_adapter(model, first) is model
+    if settings.get("bias") == "lora_only" and not any(key.endswith(".bias") for key in tensors(first)):
+        pytest.skip("this PEFT does not save the biases of lora_only")
     nets.assert_same_outputs(model, peft)
     scales = {name: module.scaling["default"] for name, module in peft.base_model.model.named_modules() if
               hasattr(module, "scaling")}  # fmt: skip

@@ -1,6 +1,7 @@
 """check_adapter: what PEFT takes in silence is named here, and load_adapter refuses it. And the command over it."""
 
 import json
+import re
 import sys
 import warnings
 
@@ -8,10 +9,12 @@ import adapter_nets as nets
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fused_lora import AdapterError, LoRAConfig, apply_lora, check_adapter, cli, load_adapter, save_adapter
+from fused_lora.adapter_config import AdapterConfig
 from fused_lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from fused_lora.tasks import Model
 
@@ -108,8 +111,6 @@ def test_a_missing_layer(peft_folder):
 def test_a_layer_that_is_missing_from_our_own_file(our_folder):
     """Without its config the file still knows what was saved."""
     tensors = load_file(our_folder / WEIGHTS_FILE)
-    from safetensors import safe_open
-
     with safe_open(our_folder / WEIGHTS_FILE, "pt") as file:
         metadata = file.metadata()
     kept = {key: t for key, t in tensors.items() if ".conv2." not in key}
@@ -276,6 +277,46 @@ def test_a_check_changes_nothing(peft_folder):
         before = {name: t.clone() for name, t in model.state_dict().items()}
         check_adapter(peft_folder, model)
         assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_biases_that_old_peft_did_not_save(tmp_path):
+    folder = nets.save_peft(nets.peft_model(bias="lora_only", target_modules=["up"]), tmp_path)
+    edit(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if key.endswith(".bias")])
+    report = check_adapter(folder, nets.make_net())
+    assert report.ok
+    assert "no bias is in the file" in str(report)
+    ours = nets.train(apply_lora(nets.make_net(), LoRAConfig(target_modules=["up"], bias="lora_only")))
+    save_adapter(ours, tmp_path / "ours")
+    with safe_open(tmp_path / "ours" / WEIGHTS_FILE, "pt") as file:
+        metadata = file.metadata()
+    kept = {key: t for key, t in load_file(tmp_path / "ours" / WEIGHTS_FILE).items() if not key.endswith(".bias")}
+    save_file(kept, tmp_path / "ours" / WEIGHTS_FILE, metadata)
+    assert kinds(check_adapter(tmp_path / "ours", nets.make_net())) == {"missing"}
+
+
+def test_layers_to_transform_as_peft_reads_it_now_and_up_to_0_18():
+    names = ["blocks.1.up", "model.blocks.1.up", "model.blocks.2.experts.1.up", "model.blocks.1.experts.2.up"]
+    readings = {  # PEFT's expressions; whether old
+        ("blocks", False): r"(?:^|.*?\.)blocks\.(\d+)\.",
+        ("blocks", True): r".*\.blocks\.(\d+)\.",
+        (None, False): r".*?\.[^.]*\.(\d+)\.",
+        (None, True): r".*\.[^.]*\.(\d+)\.",
+    }
+    for (pattern, old), expression in readings.items():
+        config = AdapterConfig(target_modules=("up",), layers_to_transform=(1,), layers_pattern=pattern)
+        found = {name for name in names if (match := re.match(expression, name)) and match[1] == "1"}
+        assert config.targets(names, old) == found
+
+
+def test_a_layer_with_several_names_is_said(peft_folder):
+    net = nets.make_net()
+    net.alias = net.blocks[1].up
+    report = check_adapter(peft_folder, net)
+    assert report.ok
+    assert "blocks.1.up: is alias too" in str(report)
+    net = nets.make_net()
+    net.blocks.append(net.blocks[0])  # where the whole block is shared PEFT does the same
+    assert "too" not in str(check_adapter(peft_folder, net))
 
 
 def test_unreadable_files_are_a_finding(tmp_path):
