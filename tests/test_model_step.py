@@ -41,7 +41,7 @@ def test_the_quick_path(step, tmp_path):
         assert cell["vs_peft"].keys() == WAYS - {"peft"}
         assert cell["static_bytes"]["full"] == 3 * cell["static_bytes"]["frozen"] + steps(cell)
         assert cell["static_bytes"]["patched"] == cell["static_bytes"]["peft"] == cell["static_bytes"]["apply_lora"]
-    assert content["checked"].keys() == WAYS - {"full"}
+    assert content["checked"].keys() == {"peft", "patched", "apply_lora"}
     assert step.sections(content, "step.json") == [
         "step.json is of a --quick run: it shows that the benchmark runs, its times mean nothing."
     ]
@@ -52,14 +52,13 @@ def steps(cell: dict) -> int:
     return 4 * 20
 
 
-def test_a_way_that_computes_something_else_is_not_timed(step):
-    found = {"frozen": (5.0, 0.0), "peft": (6.0, 2.0), "patched": (6.01, 2.01), "apply_lora": (6.01, 3.0)}
-    assert step.disagreement(found, "patched") == ""
-    assert step.disagreement(found, "apply_lora") == "the norm of its gradients is 3, PEFT's 2"
-    found["patched"] = (5.0, 2.0)
-    assert step.disagreement(found, "patched") == "its loss is 5, PEFT's 6, and 5 without adapters"
-    found["patched"] = (float("nan"), 2.0)
-    assert "its loss is nan" in step.disagreement(found, "patched")
+def test_a_way_that_breaks_the_accuracy_rule_is_not_timed(step):
+    peft = {"loss": 5.0, "logits": 1e-3, "gradients": 2e-3}
+    assert step.disagreement({"loss": 5.0, "logits": 2e-3, "gradients": 4e-3}, peft) == ""
+    off = step.disagreement({"loss": 5.0, "logits": 1e-3, "gradients": 5e-3}, peft)
+    assert off == "its gradients are off by 5.0e-03 of their norm, PEFT's by 2.0e-03"
+    off = step.disagreement({"loss": 5.0, "logits": float("nan"), "gradients": 1e-3}, peft)
+    assert off == "its logits are off by nan of their norm, PEFT's by 1.0e-03"
 
 
 def test_a_lost_scale_is_found_by_a_step(step, monkeypatch):
@@ -78,7 +77,7 @@ def test_a_lost_scale_is_found_by_a_step(step, monkeypatch):
     left_out: dict[str, str] = {}
     step.agree(base, ids, left_out)
     assert left_out.keys() == {"apply_lora"}
-    assert left_out["apply_lora"].startswith("it is not timed: its loss is")
+    assert left_out["apply_lora"].startswith("it is not timed: its logits are off by")
 
 
 def test_a_way_that_cannot_be_built_is_named(step, monkeypatch):
@@ -98,7 +97,9 @@ def test_sections_and_summary(step):
     cell |= {"tokens_per_second": {"patched": 8192.0}, "peak_bytes": {"patched": 2**30}, "left_out": {"full": "memory"}}
     content = {"quick": False, "model": "Llama", "dtype": "bfloat16", "batch": 4, "length": 2048, "rank": 16}
     content |= {"device_name": "a GPU", "left_out": {}, "cells": [cell | {"static_bytes": {"patched": 2**31}}]}
+    content["checked"] = {"patched": {"loss": 5.0, "logits": 1e-3, "gradients": 2e-3}}
     text = "\n".join(step.sections(content, "s.json"))
+    assert "| patched | 5.00000 | 1.0e-03 | 2.0e-03 |" in text
     assert "### A training step, dropout 0.05, gradient checkpointing on, from s.json" in text
     assert "| patched | 900.00 (800.00 to 1000.00) | 8,192 | - | 0.900 | 1,024 | 2,048 |" in text
     assert "* left out: full: memory" in text
