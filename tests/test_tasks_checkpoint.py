@@ -130,6 +130,45 @@ def test_backward_on_another_thread(mode):
     assert all(p.grad is None for p in model.task_parameters("b"))
 
 
+@MODES
+def test_backward_inside_another_selection(mode):
+    def loss(model, x):
+        y = model(x, task="a")
+        with model.using("b") as network, torch.no_grad():
+            network(x)
+        return value(y)
+
+    plain = gradients(build(), loss)
+    model, x = build(mode), batch()
+    found = loss(model, x)
+    with model.using(tasks=["b", "c"]):
+        found.backward()
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"x": x.grad}
+    assert_same(named, plain)
+
+
+class Calls(Net):
+    """Calls another model, with another task, in the middle of its own forward."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        z = self.others[0](y, task="b")
+        return checkpoint(self.blocks[0], z, use_reentrant=self.mode) if self.mode is not None else self.blocks[0](z)
+
+
+@MODES
+def test_calls_within_calls(mode):
+    def run(mode):
+        inner, outer = build(mode), build(mode, Calls)
+        outer.model.others = [inner]  # in a list: a part of the network it must not be
+        x = batch()
+        value(outer(x, task="a")).backward()
+        named = [(f"{i}.{n}", p.grad) for i, m in enumerate((inner, outer)) for n, p in m.named_parameters()]
+        return {name: grad for name, grad in named if grad is not None} | {"x": x.grad}
+
+    assert_same(run(mode), run(None))
+
+
 def test_two_models_in_one_graph():
     def run(mode):
         first, second = build(mode), build(mode)
