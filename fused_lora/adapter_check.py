@@ -196,7 +196,7 @@ def _check_targets(result: Comparison, config: AdapterConfig, target: Target) ->
     if named is None:
         return
     if config.layers_to_transform is not None and named != result.factors.keys():
-        old = config.targets(target.names, old=True)
+        old = config.targets(target.names, old=True) or set()
         named = old if old == result.factors.keys() else named
     for path in result.factors:
         if path not in named and not named.intersection(target.places[path].names):
