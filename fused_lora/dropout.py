@@ -16,6 +16,8 @@ The function, all in 32-bit unsigned arithmetic::
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ GOLDEN = 0x9E3779B1  # odd, 2**32 / golden ratio: neighbouring columns start far
 MIX1 = 0x7FEB352D  # the multipliers of Wellons' lowbias32 integer hash
 MIX2 = 0x846CA68B
 _WORD = 0xFFFFFFFF
+# Up to here Python's integers make the words of the rows faster than thirty operators on tiny tensors do.
+_FEW_ROWS = 16
 
 
 def check_p(p: float) -> float:
@@ -84,6 +88,11 @@ def _row_keys(seed: int | Tensor, rows: int, device: torch.device) -> tuple[Tens
     lo, hi = seed & _WORD, (seed >> 32) & _WORD
     key0 = _mix(lo ^ _mix(hi ^ GOLDEN))
     key1 = _mix(key0 ^ hi)
+    if rows <= _FEW_ROWS and isinstance(key0, int) and isinstance(rows, int):
+        words = [(first := _mix(row ^ key0), _mix((first + key1) & _WORD) | 1) for row in range(rows)]
+        signed = [[word - ((word & 2**31) << 1) for word in row] for row in words]
+        r0, r1 = torch.tensor(signed, dtype=torch.int32, device=device).reshape(rows, 2).split(1, dim=1)
+        return r0, r1
     row = torch.arange(rows, dtype=torch.int64, device=device)
     r0 = _mix(row ^ key0)
     r1 = _mix((r0 + key1) & _WORD) | 1
@@ -93,6 +102,12 @@ def _row_keys(seed: int | Tensor, rows: int, device: torch.device) -> tuple[Tens
 def _column_words(cols: int, device: torch.device) -> Tensor:
     """col * GOLDEN modulo 2**32, int32 of shape (cols,)."""
     return (torch.arange(cols, dtype=torch.int64, device=device) * GOLDEN).to(torch.int32)
+
+
+@functools.lru_cache(maxsize=32)
+def _cpu_column_words(cols: int) -> Tensor:
+    """:func:`_column_words` on the CPU, kept from call to call: models have few widths. Never written to."""
+    return _column_words(cols, torch.device("cpu"))
 
 
 def _hash(words: Tensor, r0: Tensor, r1: Tensor, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
@@ -129,6 +144,11 @@ def keep_mask(seed: int | Tensor, rows: int, cols: int, p: float, device: torch.
     return h > threshold(p)
 
 
+def part(t: Tensor, start: int, stop: int) -> Tensor:
+    """Rows start..stop of t; t itself where that is all of it, for a slice costs as much as a small product."""
+    return t if stop - start == t.shape[0] else t[start:stop]
+
+
 class BlockMask:
     """The mask of one call, applied to blocks of rows without ever existing whole (the ``torch`` strategy).
 
@@ -140,7 +160,7 @@ class BlockMask:
         # Python integers cost less than 0-d tensors; reading a GPU's seed would synchronise.
         words = int(seed) if device.type == "cpu" else seed
         self._row_keys = _row_keys(words, rows, device)
-        self._column_words = _column_words(cols, device)
+        self._column_words = _cpu_column_words(cols) if device.type == "cpu" else _column_words(cols, device)
         self._threshold = threshold(p)
         self._scratch: tuple[Tensor, Tensor] | None = None
         self.scale = keep_scale(p)
@@ -153,11 +173,16 @@ class BlockMask:
         if self._scratch is None or self._scratch[0].shape[0] < rows:
             first = torch.empty(rows, self._column_words.shape[0], dtype=torch.int32, device=self._column_words.device)
             self._scratch = (first, torch.empty_like(first))
-        h, scratch = (buffer[:rows] for buffer in self._scratch)
-        r0, r1 = (key[start : start + rows] for key in self._row_keys)
+        first, second = self._scratch
+        h, scratch = part(first, 0, rows), part(second, 0, rows)
+        r0, r1 = self._row_keys
+        r0, r1 = part(r0, start, start + rows), part(r1, start, start + rows)
         _hash(self._column_words, r0, r1, out=h, scratch=scratch)
         # Comparing into int32 (1 or 0, then negated) is vectorised on a CPU, into bool it is not.
         return torch.gt(h, self._threshold, out=scratch).neg_()
+
+
+_WORD_OF_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 def zero_dropped(block: Tensor, bits: Tensor, *, in_place: bool = False) -> Tensor:
@@ -165,6 +190,6 @@ def zero_dropped(block: Tensor, bits: Tensor, *, in_place: bool = False) -> Tens
 
     Bits are ANDed instead of multiplied: it is faster, and a dropped Inf or NaN becomes 0.
     """
-    word = {8: torch.int64, 4: torch.int32, 2: torch.int16}[block.element_size()]
-    words, bits = block.view(word), bits.to(word)
+    word = _WORD_OF_SIZE[block.element_size()]
+    words, bits = block.view(word), bits if bits.dtype == word else bits.to(word)
     return torch.bitwise_and(words, bits, out=words if in_place else None).view(block.dtype)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import BlockMask, zero_dropped
+from .dropout import BlockMask, part, zero_dropped
 
 # Elements in a block of rows that is masked or cast. On a CPU the block and its scratch stay in the caches; on a GPU
 # fewer, larger launches matter more than cache.
@@ -30,6 +30,8 @@ _GPU_BLOCK = 1 << 24
 # Elements of a float32 block in the upcast GEMMs: 64 MiB of rows, 16 MiB of weight. Bounds the temporary memory.
 _UPCAST_ROWS = 1 << 24
 _UPCAST_WEIGHT = 1 << 22
+# Elements up to which a tensor on a CPU is tiny: a pass over it in the caches takes about as long as a dispatch.
+_TINY = 1 << 13
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -40,6 +42,11 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 def _in(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``t`` in ``dtype``. Where it is so already this spares the dispatch of ``to``, a third of a small product."""
     return t if t.dtype == dtype else t.to(dtype)
+
+
+def _tiny(t: Tensor) -> bool:
+    """Whether an operator on ``t`` takes longer to call than to compute: then the fewest operators win, not bytes."""
+    return t.device.type == "cpu" and t.numel() <= _TINY
 
 
 def _native(t: Tensor, dtype: torch.dtype, upcast: bool) -> bool:
@@ -66,7 +73,7 @@ def _row_blocks(t: Tensor) -> Iterator[tuple[int, int]]:
 
 def _dropped(x: Tensor, i: int, j: int, bits: Tensor | None, acc: torch.dtype) -> Tensor:
     """Rows i..j of x in ``acc`` with the dropped elements zero; the rank-wide side carries 1/(1-p)."""
-    block = x[i:j].to(acc)
+    block = _in(part(x, i, j), acc)
     return block if bits is None else zero_dropped(block.contiguous(), bits, in_place=x.dtype != acc)
 
 
@@ -77,15 +84,17 @@ def shrink(x: Tensor, a: Tensor, mask: BlockMask | None, upcast: bool) -> Tensor
     if mask is None and native:
         return _in(torch.mm(x, a.t()), acc)
     work = a.dtype if native else acc
-    a_t = a.to(work).t()
+    a_t = _in(a, work).t()
+    if mask is None and _tiny(x):
+        return _in(torch.mm(_in(x, work), a_t), acc)
     s = x.new_empty(x.shape[0], a.shape[0], dtype=acc)
     for i, j in _row_blocks(x):
         bits = None if mask is None else mask.bits(i, j - i)
         block = _dropped(x, i, j, bits, work)
         if work == acc:
-            torch.mm(block, a_t, out=s[i:j])
+            torch.mm(block, a_t, out=part(s, i, j))
         else:
-            s[i:j] = torch.mm(block, a_t)
+            part(s, i, j).copy_(torch.mm(block, a_t))
     return s if mask is None else s.mul_(mask.scale)
 
 
@@ -103,9 +112,14 @@ def expand(
     """y = x wᵀ + bias + scale · (s bᵀ + lora_bias), (M, N) in ``dtype``."""
     if not upcast:
         x, w = _in(x, dtype), _in(w, dtype)
-        if dtype == s.dtype == b.dtype and lora_bias is None and not isinstance(scale, Tensor):
-            # The form below with the scale inside the GEMM: one launch less, which small layers feel.
-            return F.linear(x, w, bias if bias is None else _in(bias, dtype)).addmm_(s, b.t(), alpha=scale)
+        if lora_bias is None and not isinstance(scale, Tensor) and _base_first(x, dtype):
+            # The form below with the scale inside the last step: one operator less, which small layers feel.
+            if b.dtype == dtype:
+                y = F.linear(x, w, None if bias is None else _in(bias, dtype))
+                return y.addmm_(_in(s, dtype), b.t(), alpha=scale)
+            if _tiny(x) and x.shape[0] * w.shape[0] <= _TINY:
+                y = F.linear(x, w, None if bias is None else _in(bias, dtype))
+                return y.add_(torch.mm(s, b.t()), alpha=scale)
     t = s * scale
     if lora_bias is not None:
         t, b = _with_rank(t, b, scale, lora_bias)
@@ -155,6 +169,10 @@ def _rank_factors(t: Tensor, f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 def _expand_upcast(x: Tensor, w: Tensor, bias: Tensor | None, t: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     (rows, features), out = x.shape, w.shape[0]
+    if rows * features <= _UPCAST_ROWS and out * features <= _UPCAST_WEIGHT:  # one block, its result y itself
+        block = torch.mm(_in(x, torch.float32), _in(w, torch.float32).t())
+        block = block if bias is None else block.add_(bias)
+        return block.addmm_(t, _in(b, torch.float32).t()).to(dtype)
     y = x.new_empty(rows, out, dtype=dtype)
     for i, j in _blocks(rows, _UPCAST_ROWS // max(features, 1)):
         x_block = x[i:j].float()
@@ -189,6 +207,8 @@ def grad_b(
     """
     acc = acc_dtype(dtype)
     ds = db = None
+    if _tiny(dy) and not isinstance(scale, Tensor):
+        return _tiny_grad_b(dy, b, s, scale, dtype, _native(dy, dtype, upcast))
     b = None if b is None else _easy_columns(b, dy)
     if _native(dy, dtype, upcast):
         if b is not None:
@@ -198,18 +218,33 @@ def grad_b(
             db = torch.mm(t.t(), dy).t().contiguous() if dy.device.type == "cpu" else torch.mm(dy.t(), t)
         return ds, db
     if b is not None:
-        b = b.to(acc)
+        b = _in(b, acc)
         ds = dy.new_empty(dy.shape[0], b.shape[1], dtype=acc)
     if s is not None:
         # Transposed: on a CPU dyᵀ s takes up to ten times as long as sᵀ dy (AMD EPYC, torch 2.13, 2026-11-25).
         db = dy.new_zeros(s.shape[1], dy.shape[1], dtype=acc)
     for i, j in _row_blocks(dy):
-        block = dy[i:j].to(acc)
+        block = _in(part(dy, i, j), acc)
         if b is not None and ds is not None:
-            torch.mm(block, b, out=ds[i:j])
+            torch.mm(block, b, out=part(ds, i, j))
         if s is not None and db is not None:
-            db.addmm_(s[i:j].t(), block)
-    return None if ds is None else ds.mul_(scale), None if db is None else db.mul_(scale).t().to(dtype).contiguous()
+            db.addmm_(part(s, i, j).t(), block)
+    ds = None if ds is None else ds.mul_(scale)
+    return ds, None if db is None else _in(db.mul_(scale).t(), dtype).contiguous()
+
+
+def _tiny_grad_b(
+    dy: Tensor, b: Tensor | None, s: Tensor | None, scale: float, dtype: torch.dtype, native: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`grad_b` in the fewest operators: no blocks, no layout."""
+    acc = acc_dtype(dtype)
+    work = dtype if native else acc
+    dy, ds, db = _in(dy, work), None, None
+    if b is not None:
+        ds = _in(torch.mm(dy, _in(b, work)), acc).mul_(scale)
+    if s is not None:
+        db = _in(torch.mm(dy.t(), _in(s, work)).mul_(scale), dtype)
+    return ds, db
 
 
 def grad_x(
@@ -247,15 +282,18 @@ def _add_lowrank(
     dx: Tensor, t: Tensor, a: Tensor, mask: BlockMask | None, start: int, x: Tensor | None, da: Tensor | None
 ) -> None:
     """dx += drop'(t a) and, where da is given, da += tᵀ drop(x), in place; row 0 of dx is row ``start`` of the mask."""
+    if mask is None and _tiny(dx) and a.dtype == t.dtype:
+        dx.add_(torch.mm(t, a)) if dx.dtype != t.dtype else dx.addmm_(t, a)
+        return
     left, right = _rank_factors(t, a, dx.dtype) if _base_first(dx, dx.dtype) else (t, a)
     if mask is None:
         dx.addmm_(left, right)
         return
     for i, j in _row_blocks(dx):
         bits = mask.bits(start + i, j - i)
-        dx[i:j] += zero_dropped(torch.mm(left[i:j], right), bits, in_place=True)
+        part(dx, i, j).add_(zero_dropped(torch.mm(part(left, i, j), right), bits, in_place=True))
         if x is not None and da is not None:
-            da.addmm_(t[i:j].t(), _dropped(x, start + i, start + j, bits, da.dtype))
+            da.addmm_(part(t, i, j).t(), _dropped(x, start + i, start + j, bits, da.dtype))
 
 
 def _grad_x_upcast(
@@ -274,8 +312,8 @@ def _grad_x_upcast(
     for i, j in _blocks(rows, _UPCAST_ROWS // max(features, out, 1)):
         block = torch.zeros(j - i, features, dtype=torch.float32, device=dy.device)
         for n, o in _blocks(out, _UPCAST_WEIGHT // max(features, 1)):
-            block.addmm_(dy[i:j, n:o].float(), w[n:o].float())
-        _add_lowrank(block, t[i:j], a, mask, i, x, da)
+            block.addmm_(dy[i:j, n:o].float(), part(w, n, o).float())
+        _add_lowrank(block, part(t, i, j), a, mask, i, x, da)
         dx[i:j] = block
     return dx
 
@@ -285,9 +323,11 @@ def grad_a(x: Tensor, ds: Tensor, mask: BlockMask | None, dtype: torch.dtype, up
     acc = ds.dtype
     if mask is None and (x.dtype == acc or _native(x, dtype, upcast)):
         return _in(torch.mm(_in(ds, x.dtype).t(), x), dtype)
+    if mask is None and _tiny(x):
+        return _in(torch.mm(ds.t(), _in(x, acc)), dtype)
     t = ds if mask is None else ds * mask.scale
     da = torch.zeros(ds.shape[1], x.shape[1], dtype=acc, device=x.device)
     for i, j in _row_blocks(x):
         bits = None if mask is None else mask.bits(i, j - i)
-        da.addmm_(t[i:j].t(), _dropped(x, i, j, bits, acc))
-    return da.to(dtype)
+        da.addmm_(part(t, i, j).t(), _dropped(x, i, j, bits, acc))
+    return _in(da, dtype)

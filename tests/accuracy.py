@@ -210,12 +210,13 @@ def wide(t: torch.Tensor) -> np.ndarray:
 def block_sizes(blocks: str):
     """Run the ``torch`` strategy with "shipped", "small", "native" or "small-native" blocks.
 
-    small: the seams of the blocked loops lie inside small tensors. native: the path of a device that multiplies
-    bfloat16 and float16, whether or not this CPU does.
+    small: the seams of the blocked loops lie inside small tensors, and none of those is tiny. native: the path of a
+    device that multiplies bfloat16 and float16, whether or not this CPU does.
     """
     with contextlib.ExitStack() as stack:
         if "small" in blocks:
-            for name, elements in (("_CPU_BLOCK", 64), ("_UPCAST_ROWS", 1024), ("_UPCAST_WEIGHT", 1024)):
+            sizes = (("_CPU_BLOCK", 64), ("_UPCAST_ROWS", 1024), ("_UPCAST_WEIGHT", 1024), ("_TINY", 0))
+            for name, elements in sizes:
                 stack.enter_context(mock.patch.object(vendor, name, elements))
         if "native" in blocks:
             plan_for = ops_linear.plan_for

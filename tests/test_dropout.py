@@ -12,7 +12,7 @@ from accuracy import STRATEGIES, Case, make_inputs, run
 from torch import nn
 
 from fused_lora import lora_linear, reference
-from fused_lora.dropout import GOLDEN, MIX1, MIX2, keep_mask, keep_scale
+from fused_lora.dropout import GOLDEN, MIX1, MIX2, BlockMask, keep_mask, keep_scale
 
 WORD = 0xFFFFFFFF
 PS = [0.1, 0.5, 0.9]
@@ -259,3 +259,11 @@ def test_the_mean_over_seeds_is_the_layer_without_dropout():
     draws = torch.stack([lora_linear(*args, 2.0, dropout_p=0.3, seed=seed) for seed in range(2000)])
     deviation = draws.std(0) / math.sqrt(len(draws))
     within(draws.mean(0), lora_linear(*args, 2.0).numpy(), deviation.numpy())
+
+
+@pytest.mark.parametrize("seed", [0, 123456789, -1, 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_the_words_of_a_few_rows_are_those_of_many(rows, seed):
+    """Python's integers make them for few rows, operators for many: the same bits."""
+    bits = BlockMask(torch.tensor(seed), rows, 40, 0.3).bits(0, rows)
+    assert torch.equal(bits == -1, keep_mask(seed, 64, 40, 0.3)[:rows])

@@ -265,7 +265,7 @@ def _differentiable_backward(
     return dx, dbias, da, db, dlora_bias
 
 
-_function_apply: Any = super(torch.autograd.Function, FusedLoRALinear).apply  # type: ignore[misc]
+_function_apply: Any = super(torch.autograd.Function, FusedLoRALinear).apply
 
 
 def _apply(x, weight, bias, a, b, lora_bias, *constants):
