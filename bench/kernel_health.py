@@ -16,6 +16,9 @@ instructions, the tensor-core instructions and the asynchronous copies. Exit cod
   lacks: in the PTX none but comparisons of a tile's bounds, in the SASS none that does work (``kernel_loops.py`` says
   which); the difference in all SASS instructions, ptxas's bookkeeping included, is printed.
 
+Sizes are multiples of 16, as those of nearly all layers. Rows of other lengths are loaded element by element in 16-bit
+types: correct, but without asynchronous copies, and with spills at BLOCK_R 64 and in the one-pass grad_b.
+
 The launchers are called with meta tensors and Triton's launch is replaced by one that notes its arguments, so what is
 compiled is what would be launched. Triton caches the results: a second run takes seconds.
 """
