@@ -1,5 +1,7 @@
 """LoRA through torch.nn.utils.parametrize: start, gradients, switch, both removals, misuse."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -108,3 +110,58 @@ def test_low_precision_weight_has_float32_factors_and_one_rounding():
 def test_misuse(call, message):
     with pytest.raises(ValueError, match=message):
         call(nn.Linear(4, 4))
+
+
+def test_state_dict_round_trips_and_only_the_factors_move(case):
+    module, name, shape = case
+    lora_parametrize(module, name, r=2)
+    base = getattr(module.parametrizations, name).original.detach().clone()
+    optimizer = torch.optim.AdamW(lora_parameters(module), lr=0.1)
+    for _ in range(2):
+        run(module, shape).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(getattr(module.parametrizations, name).original, base)
+    state, wanted = copy.deepcopy(module.state_dict()), run(module, shape)
+    for p in lora_parameters(module):
+        nn.init.zeros_(p)
+    assert not torch.equal(run(module, shape), wanted)
+    assert module.load_state_dict(state) == ([], [])
+    assert torch.equal(run(module, shape), wanted)
+
+
+def test_a_tied_weight_keeps_its_base_elsewhere():
+    embed, head = nn.Embedding(11, 5), nn.Linear(5, 11, bias=False)
+    head.weight = embed.weight
+    weight, x = embed.weight, torch.randn(2, 5)
+    before = head(x)
+    nn.init.normal_(lora_parametrize(embed, r=2).parametrizations.weight[0].lora_b)
+    assert torch.equal(head(x), before)
+    assert embed.parametrizations.weight.original is head.weight is weight
+    lora_unparametrize(embed)
+    assert embed.weight is head.weight is weight
+
+
+def test_weights_that_a_module_reads_itself():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval().requires_grad_(False)
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        before = attention(x, x, x)[0]
+    lora_parametrize(attention, "in_proj_weight", r=2)
+    lora_parametrize(attention.out_proj, r=2)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(x, x, x)[0], before)
+        for p in lora_parameters(attention):
+            nn.init.normal_(p)
+        assert not torch.allclose(attention(x, x, x)[0], before, atol=0.1)
+    attention(x, x, x)[0].sum().backward()
+    assert all(p.grad.any() for p in lora_parameters(attention))
+    set_lora_enabled(attention, False)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(x, x, x)[0], before)
+
+
+def test_compiles_whole():
+    torch._dynamo.reset()
+    module, x = lora_parametrize(nn.Linear(12, 7), r=2), torch.randn(3, 12)
+    nn.init.normal_(module.parametrizations.weight[0].lora_b)
+    assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), module(x))
