@@ -164,6 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.quick:
             parser.error("there is no GPU: --quick runs the same path on a CPU; bench/paired.py is the CPU's benchmark")
         os.environ.setdefault("TRITON_INTERPRET", "1")  # for the processes that measure
+    else:
+        os.environ["TRITON_INTERPRET"] = "0"
     options.seconds = options.seconds or (300.0 if options.quick else 460.0)
     options.output = options.output or _HERE / "results" / ("tuned.json" if options.tune else "gpu.json")
     state = run(options)

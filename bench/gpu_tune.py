@@ -38,7 +38,7 @@ _CLEAR = 0.98  # of the rule's time: below it a win is a win
 _GATE = 1e-2  # relative difference from the rule's result: for mistakes, both were held to float64 before
 _SECONDS = 0.25  # of rounds for one piece at one size
 _EAGER_ROWS = 2048
-_FOR_COMPILING = 40.0  # seconds kept at the end, for looking at what the compiler made of the winners
+_FOR_COMPILING = 60.0  # seconds kept at the end, for looking at what the compiler made of the winners
 _WARMERS = 8
 _FORMS = dict.fromkeys(("shrink", "grad_b", "grad_a"), ("torch", "triton"))
 _FORMS |= dict.fromkeys(("expand", "grad_x"), ("torch", "beta1", "pointer", "descriptor"))
@@ -283,9 +283,11 @@ def clean(worker, entries: list[Entry]) -> list[Entry]:
         return entries
     arch = "".join(map(str, torch.cuda.get_device_capability(worker.device)))
     cases = list(dict.fromkeys(_case_of(arch, entry) for entry in entries if entry.tile is not None))
-    worker.at("kernel health")
+    verdicts = {}
     with ProcessPoolExecutor(_WARMERS, multiprocessing.get_context("spawn")) as pool:
-        verdicts = dict(zip(cases, pool.map(_breaches, cases), strict=True))
+        for case, breaches in zip(cases, pool.map(_breaches, cases), strict=True):
+            verdicts[case] = breaches
+            worker.at("kernel health")
     kept = []
     for entry in entries:
         breaches = verdicts[_case_of(arch, entry)] if entry.tile is not None else []
@@ -331,7 +333,12 @@ def tune(worker) -> None:
     )
     chip = {"name": facts.name, "capability": list(facts.capability), "source": source}
     state["version"] = tuned.VERSION
+    state["chips"] = [{**chip, "entries": [entry.as_dict() for entry in entries]}]
+    state["compiles_clean"] = False  # not looked at yet, and not at all where the process is stopped here
+    worker.write()
+    worker.at("kernel health")
     state["chips"] = [{**chip, "entries": [entry.as_dict() for entry in clean(worker, entries)]}]
+    state["compiles_clean"] = True
     worker.write()
 
 

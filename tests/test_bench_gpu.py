@@ -65,6 +65,7 @@ def test_the_quick_path_from_check_to_table(tmp_path, bench):
 def test_the_quick_path_of_the_tuner_and_its_table(tmp_path, bench):
     content = quick(tmp_path / "tune.json", "--tune")
     assert content["rejected"] == []
+    assert content["compiles_clean"]
     assert len(content["tuned_sizes"]) == 2
     (chip,) = tuned.read(tmp_path / "tune.json")
     found = {(entry["piece"], entry["dropout"]) for entry in chip["entries"]}
