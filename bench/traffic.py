@@ -79,7 +79,7 @@ def count_kept(layer: Provider, case: Case) -> int:
 
 
 def rank_wide(access: Access, case: Case) -> bool:
-    """Whether the tensor is small beside the large three: a side is the rank, or a few times that, or it is a vector."""
+    """Whether the tensor is small beside the large three: a side is the rank or a few times that, or it is a vector."""
     sides = [side for side in access.shape[-2:] if side > 1]
     R, N, K = case.rank, case.N, case.K
     # R + 1: a bias or lora_bias rides along. 2R, 3R: high and low halves side by side. R N, R K: a flat workspace.
@@ -231,6 +231,12 @@ def sections(content: dict, name: str) -> list[str]:
     return lines
 
 
+def describe(term: dict) -> str:
+    """A tensor of the rest in one line."""
+    shape = " x ".join(map(str, term["shape"]))
+    return f"{term['bytes']:>12,} B  {term['kind']:5}  {term['op']}  {term['dtype']} {shape}"
+
+
 def show(cell: dict, terms: int) -> None:
     """Print a case, and for ours the largest tensors of the rest (once where two layers share them)."""
     print(f"\n{title(cell)}")
@@ -245,8 +251,7 @@ def show(cell: dict, terms: int) -> None:
             shown.append(largest)
             print(f"the largest of the rest in {entry['label']}:")
             for term in largest:
-                shape = " x ".join(map(str, term["shape"]))
-                print(f"  {term['bytes']:>12,} B  {term['kind']:5}  {term['op']}  {term['dtype']} {shape}")
+                print(f"  {describe(term)}")
     for layer, reason in cell["left_out"].items():
         print(f"left out: {layer}: {reason}")
 
@@ -276,6 +281,8 @@ def main(arguments: list[str] | None = None) -> None:
                 cell = measure_case(make_case(options.M, options.N, options.K, rank, regime, p))
                 result["cells"].append(cell)
                 show(cell, options.terms)
+                for entry in cell["layers"].values():
+                    entry["rest_terms"] = list(map(describe, entry["rest_terms"]))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -89,6 +89,11 @@ def test_formula(measured, name, regime, p, mn, mk):
     assert found["extra"] == found["extra_read"] + found["extra_written"] == sum(found["extra_by_pass"].values())
 
 
+def test_a_rank_at_which_ds_and_db_are_made_apart_reads_dy_twice(measured):
+    assert measured("ours-fused-descriptor", "bf16", 0.0, rank=32)["formula"] == {"MN": 2, "MK": 4, "NK": 0}
+    assert measured("ours-fused-descriptor", "bf16", 0.0, rank=64)["formula"] == {"MN": 4, "MK": 4, "NK": 0}
+
+
 @pytest.mark.parametrize("name", ["torchtune", "loralib"])
 def test_formula_of_a_peer_that_may_be_missing(measured, name):
     pytest.importorskip(name)
