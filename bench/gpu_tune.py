@@ -327,7 +327,12 @@ def tune(worker) -> None:
         print(f"{case.id}: {shown}", file=sys.stderr, flush=True)
     left = [case.id for case in grid if case.id not in state["tuned_sizes"]]
     state["skipped_for_time"] = {"count": len(left), "ids": " ".join(left)}
-    facts = plan_of(grid[0], device).facts.device
+    _conclude(worker, entries, plan_of(grid[0], device).facts.device)
+
+
+def _conclude(worker, entries: list[Entry], facts: plan.DeviceFacts) -> None:
+    """Write the chip's table, first as measured, then with what compiles clean."""
+    state = worker.state
     source = (
         f"{state['date'][:10]}, torch {state['torch']}, triton {state['triton']}, commit {str(state['commit'])[:7]}"
     )
