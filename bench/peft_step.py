@@ -20,7 +20,7 @@ import gc
 import random
 import sys
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import NamedTuple
 
 import gpu_state
@@ -158,8 +158,8 @@ def errors(regime: Regime, base: nn.Module, ids: Tensor) -> dict[str, float]:
     return {way: ((gradients[way] - truth).norm() / truth.norm()).item() for way in ("peft", "patched")}
 
 
-def take_turns(models: dict[str, Model], seconds: float) -> dict[str, list[float]]:
-    """Seconds per model and round; the first step of each is a warm-up."""
+def take_turns(models: dict[str, Model], seconds: float) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """(seconds, CPU seconds of all threads) per model and round; the first step of each is a warm-up."""
     first = []
     for model in models.values():
         model.step()
@@ -168,16 +168,19 @@ def take_turns(models: dict[str, Model], seconds: float) -> dict[str, list[float
         first.append(perf_counter() - start)
     names, shuffle = list(models), random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     gc.disable()  # a collection in the middle of a step would be timed
     try:
         for _ in range(rounds_for(sum(first), seconds)):
             shuffle(names)
             for name in names:
+                start = process_time()
                 times[name].append(models[name].seconds())
+                cpu[name].append(process_time() - start)
     finally:
         gc.enable()
-    return times
+    return times, cpu
 
 
 def step_cell(name: str, dropout: float, sizes: dict, shape: tuple[int, int], seconds: float) -> dict:
@@ -191,8 +194,10 @@ def step_cell(name: str, dropout: float, sizes: dict, shape: tuple[int, int], se
         return cell | {"left_out": f"it is not timed: errors of the gradients are {cell['errors']}"}
     ways = {"peft": "peft", "patched": "patched", "again": "patched"}
     models = {who: Model(way, regime, base, ids, dropout) for who, way in ways.items()}
-    times = take_turns(models, seconds)
+    times, cpu = take_turns(models, seconds)
     cell["seconds"] = {who: spread(values) for who, values in times.items()}
+    cell["cpu_seconds"] = {who: spread(values) for who, values in cpu.items()}
+    cell["cpu_vs_peft"] = paired(cpu, "patched", "peft")
     cell["vs_peft"], cell["self"] = paired(times, "patched", "peft"), paired(times, "again", "patched")
     return cell
 
@@ -245,11 +250,21 @@ def sections(content: dict, name: str) -> list[str]:
     times = [
         [cell["regime"], f"{cell['dropout']:g}"]
         + [f"{cell['seconds'][who]['median'] * 1e3:.1f}" for who in ("peft", "patched")]
-        + [_range(cell["vs_peft"]), _range(cell["self"]), str(cell["vs_peft"]["rounds"])]
+        + [_range(cell[ratio]) for ratio in ("vs_peft", "cpu_vs_peft", "self")]
+        + [str(cell["vs_peft"]["rounds"])]
         for cell in content["cells"]
         if "left_out" not in cell
     ]
-    header = ["regime", "dropout", "PEFT, ms", "patched, ms", "patched / PEFT", "ours / ours", "rounds"]
+    header = [
+        "regime",
+        "dropout",
+        "PEFT, ms",
+        "patched, ms",
+        "patched / PEFT",
+        "CPU time / PEFT's",
+        "ours / ours",
+        "rounds",
+    ]
     left_out = [f"* left out: {describe(cell)}" for cell in content["cells"] if "left_out" in cell]
     cell = content["cells"][0]
     return [

@@ -27,6 +27,8 @@ def run(options: argparse.Namespace, mode: str, directory: Path) -> dict:
     record = directory / f"{mode}.json"
     command = [sys.executable, "-P", "-m", "pytest", "-p", "peft_plugin", "-o", "addopts=", "-q", "--tb=line"]
     command += ["--fused-dropout", mode, "--fused-outcomes", str(record), "-k", options.k]
+    # PEFT's settings make errors of the deprecations of a transformers that is newer than they are.
+    command += ["-W", "default::FutureWarning", "-W", "default::DeprecationWarning"]
     command += [] if options.hub else ["--fused-offline"]
     command += ["-n", str(options.workers)] if options.workers > 1 else []
     paths = [path for name in [str(HERE), os.environ.get("PYTHONPATH", "")] if (path := name)]

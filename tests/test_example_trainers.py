@@ -1,0 +1,74 @@
+"""examples/trainer_peft.py at a small size: both trainers, the loss curves judged, the figure written."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield importlib.import_module("trainer_peft")
+    torch.set_num_threads(threads)
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == EXAMPLES:
+            del sys.modules[name]
+
+
+SMALL = ["--seeds", "2", "--batch", "2", "--cpu"]
+
+
+def test_it_runs_and_shows_what_it_did(example, tmp_path, capsys):
+    path = tmp_path / "curves.png"
+    assert example.main([*SMALL, "--steps", "2", "--output", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "fused-lora: 14 of 14 LoRA layers fused" in shown
+    assert shown.count("not judged") == 2  # four losses are too few for the accuracy rule
+    assert shown.count("yes") == 2
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "trl"])
+def test_curves_of_patched_and_unpatched_runs_lie_on_each_other(trainer, example):
+    """The accuracy rule over 200 losses; with gradient checkpointing the patched curve is the same to the last bit."""
+    pytest.importorskip("trl" if trainer == "trl" else "datasets")
+    job = example.Job(example.parse([*SMALL, "--trainer", trainer, "--steps", "100"]))
+    with example.progress((), "runs") as bar:
+        curves = {way: [job.train(example.Run(way, 0.0, False, s), bar) for s in (0, 1)] for way in example.WAYS}
+        assert job.report.fused == 14
+        assert curves["patched"] != curves["peft"]
+        assert example.within_rule(curves["patched"], curves["peft"], curves["exact"])
+        assert job.train(example.Run("patched", 0.0, True, 1), bar) == curves["patched"][1]
+
+
+def test_the_judgement_can_fail(example):
+    """A curve that is too far off breaks the rule, and a shift that the seeds cannot explain leaves the interval."""
+    exact = [[3.0, 2.0, 1.0, 0.5], [3.1, 2.1, 1.1, 0.6]]
+    peft = [[loss + 1e-3 for loss in curve] for curve in exact]
+    assert example.within_rule(peft, peft, exact)
+    assert not example.within_rule([[loss + 3e-3 for loss in curve] for curve in exact], peft, exact)
+    one_step_off = [[3.0, 2.0, 1.0, 0.503], exact[1]]
+    assert not example.within_rule(one_step_off, peft, exact)  # the max norm sees it
+    seeds = [[1.0, 0.5 + 0.01 * i] for i in range(5)]
+    jitter = [[1.0, losses[-1] + 0.002 * (-1) ** i] for i, losses in enumerate(seeds)]
+    low, high = example.interval(jitter, seeds)
+    assert low < 0 < high
+    low, high = example.interval([[1.0, losses[-1] + 0.05] for losses in jitter], seeds)
+    assert low > 0
+
+
+@pytest.mark.parametrize("wrong", [["--seeds", "1"], ["--dropout", "0"], ["--trainer", "axolotl"]], ids=" ".join)
+def test_misuse(wrong, example, capsys):
+    with pytest.raises(SystemExit):
+        example.parse(wrong)
+    assert "error" in capsys.readouterr().err
