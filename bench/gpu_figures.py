@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gpu_sections import floor_seconds, layers, way_of
 
+_MOST = 64  # cells that a plot names
 _SHOWN = ("ours", "ours-torch", "beta1", "addmm", "peft", "peft-compile")
 _COLOURS = dict(zip(_SHOWN, ("#d62728", "#ff9896", "#9467bd", "#2ca02c", "#1f77b4", "#17becf"), strict=True))
 
@@ -27,7 +28,11 @@ def _dots(axis, labels: list[str], values: list[dict[str, float]], floors: list[
         axis.plot([floor, floor], [-row - 0.4, -row + 0.4], color="black", label="floor" if row == 0 else None)
     axis.axvline(1.0, color="0.6", linewidth=0.8)
     axis.set_yticks([-row for row in range(len(labels))], labels, fontsize=7)
-    axis.set_xscale("log")
+    axis.set_ylim(-len(labels) + 0.3, 0.7)
+    low, high = axis.get_xlim()
+    if low > 0 and high / low >= 3:  # below a factor of 3 a linear axis has the better ticks
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
     axis.grid(axis="x", color="0.92")
 
 
@@ -49,7 +54,7 @@ def _rates(axis, cells: list[dict], ceilings: dict) -> None:
                 moved += 2 * M * K if passes == 1 else 2 * M * N + 4 * M * K
             points.append((flops / moved, flops / seconds["median"] / 1e12))
         axis.plot([x for x, _ in points], [y for _, y in points], "o", label=name, color=_COLOURS.get(name, "0.4"))
-    intensity = [2.0**e for e in range(3, 14)]
+    intensity = sorted([*(2.0**e for e in range(3, 14)), product / copy])
     axis.plot(intensity, [min(x * copy, product) / 1e12 for x in intensity], color="black", label="ceilings")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
@@ -69,8 +74,9 @@ def figures(content: dict, name: str, folder: Path) -> list[Path]:
         return []
     pyplot = _pyplot()
     summed = layers(content)
-    rows = max(len(cells), len(summed))
+    rows = max(min(len(cells), _MOST), len(summed))
     figure, axes = pyplot.subplots(1, 2, figsize=(15, 0.22 * rows + 2.5), layout="constrained")
+    cells = cells[:_MOST]  # most important first
     taxes = [{n: r["median"] for n, r in cell[f"{way_of(cell)}_tax"].items()} for cell in cells]
     floors = [1 + floor_seconds(c, content["ceilings"]) / c[way_of(c)]["frozen"]["median"] for c in cells]
     _dots(axes[0], [cell["id"] for cell in cells], taxes, floors)
@@ -102,6 +108,7 @@ def _memory(axis, cells: list[dict]) -> None:
             if cell["peak_bytes"].get(name) and cell["peak_bytes"].get("frozen")
         ]
         axis.plot([x for x, _ in ratios], [y for _, y in ratios], "o", color=_COLOURS[name], label=name, markersize=4)
-    axis.set_title("peak memory of a pass / the frozen layer's, cells in the order of the table")
+    axis.set_title("peak memory of a pass / the frozen layer's")
+    axis.set_xlabel("cells of forward + backward in the order of the table")
     axis.axhline(1.0, color="0.6", linewidth=0.8)
     axis.legend(fontsize=7)
