@@ -217,11 +217,11 @@ class Model(nn.Module):
     def _watch_positions(self, selection: PerRow, leaves: Sequence[Tensor]) -> Iterator[None]:
         """See ``task_positions.py``. Watching takes time: once for each combination of the inputs' shapes."""
         shapes = (selection.rows, *(leaf.shape for leaf in leaves))
-        embeddings = any(isinstance(layer.base, nn.Embedding) for layer in self.lora_layers())
-        if torch.compiler.is_compiling() or not embeddings or shapes in self._watched:
+        if torch.compiler.is_compiling() or shapes in self._watched:
             yield
             return
-        with MadeInside() as selection.made_inside:
+        embeddings = any(isinstance(layer.base, nn.Embedding) for layer in self.lora_layers())
+        with MadeInside() if embeddings else contextlib.nullcontext(()) as selection.made_inside:
             yield
         if len(self._watched) >= _WATCHED:
             self._watched.clear()
