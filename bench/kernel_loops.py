@@ -44,10 +44,12 @@ def innermost_loops(assembly: str) -> list[Counter[str]]:
             if target and target[1] in labels:
                 spans.append((labels[target[1]], len(opcodes)))
             opcodes.append(opcode)
+    # Branches back to one label are one loop: LLVM may lay out a loop from its latch, with a branch there from its middle.
+    whole = {start: max(end for first, end in spans if first == start) for start, _ in spans}
     inner = [
         (start, end)
-        for start, end in spans
-        if not any((start, end) != other and start <= other[0] and other[1] <= end for other in spans)
+        for start, end in whole.items()
+        if not any(start != other and start <= other and whole[other] <= end for other in whole)
     ]
     return [Counter(opcodes[start : end + 1]) for start, end in inner]
 

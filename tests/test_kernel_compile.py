@@ -95,6 +95,10 @@ def test_the_main_loop_is_the_innermost_that_multiplies_and_copies(monkeypatch):
     assert loops.ptx_work(loops.main_loop(ptx)) == {"ld.shared.b32": 4, "fma.rn.f32": 1, "bra": 1}
     amd = ".LBB0_2:\n\tv_mfma_f32_32x32x8_bf16 a[0:15], v[0:1], v[2:3], a[0:15]\n\ts_cbranch_scc1 .LBB0_2\n"
     assert loops.count(loops.main_loop(amd), loops.TENSOR) == 1
+    # Laid out from its latch: the branch from the middle back to it is no loop of its own.
+    turned = "\tbra.uni $L__BB0_4;\n$L__BB0_6:\n\tadd.s32 %r1, %r1, 1;\n\t@%p1 bra $L__BB0_7;\n$L__BB0_4:\n"
+    turned += "\t@%p2 bra $L__BB0_6;\n\t@%p3 tcgen05.mma.cta_group::1.kind::f16 [%r2], %rd1;\n\tbra.uni $L__BB0_6;\n"
+    assert loops.count(loops.main_loop(turned + "$L__BB0_7:\n\tret;\n"), loops.TENSOR) == 1
     assert not loops.main_loop("\tret;\n")
 
 
