@@ -44,7 +44,7 @@ def innermost_loops(assembly: str) -> list[Counter[str]]:
             if target and target[1] in labels:
                 spans.append((labels[target[1]], len(opcodes)))
             opcodes.append(opcode)
-    # Branches back to one label are one loop: LLVM may lay out a loop from its latch, with a branch there from its middle.
+    # Branches back to one label are one loop: LLVM may begin it at its latch, with a branch there from its middle.
     whole = {start: max(end for first, end in spans if first == start) for start, _ in spans}
     inner = [
         (start, end)
