@@ -123,6 +123,36 @@ def test_one_wrapper_for_all_names_of_a_layer():
     assert twice.x is twice.y
 
 
+def nest(depth):
+    """A linear layer at the bottom of containers of every kind."""
+    inner = nn.Linear(3, 3)
+    for i in range(depth):
+        kinds = (nn.Sequential, lambda m: nn.ModuleList([m]), lambda m: nn.ModuleDict({"tasks": m, "base": nn.Tanh()}))
+        inner = kinds[i % 3](inner)
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("build", "layers"),
+    [(lambda: nn.Sequential(*(nn.Linear(3, 3) for _ in range(300))), 300), (lambda: nest(120), 1)],
+    ids=["long", "deep"],
+)
+def test_containers_of_any_length_and_depth(build, layers):
+    net = build()
+    keys = list(net.state_dict())
+    model = Model(net, r=1).add_task("base").add_task("tasks")
+    assert sum(1 for _ in model.lora_layers()) == layers
+    assert list(model.state_dict()) == keys
+    state = {key: t + 1 for key, t in model.state_dict(task="base").items()}
+    assert len(state) == 2 * layers
+    assert model.load_state_dict(state, task="base") == ([], [])
+    assert all(torch.equal(t, state[key]) for key, t in model.state_dict(task="base").items())
+    assert not any(layer.tasks["tasks"].lora_b.any() for layer in model.lora_layers())
+    if layers > 1:
+        assert torch.equal(model(X), model(X, task="tasks"))
+        assert not torch.equal(model(X), model(X, task="base"))
+
+
 def test_choosing_layers():
     def paths(**settings):
         return [layer.path for layer in Model(make_net(), r=2, **settings).lora_layers()]
