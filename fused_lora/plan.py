@@ -143,9 +143,15 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
     return any(capabilities.get(name, False) for name in names)
 
 
+# Asked in every call: ``os.environ.get`` of a variable that is not set raises and catches twice, a microsecond.
+_environment = os.environ._data  # type: ignore[attr-defined]
+_INTERPRET = os.environ.encodekey("TRITON_INTERPRET")
+_ONE = os.environ.encodevalue("1")
+
+
 def interpreting() -> bool:
     """Whether triton, when it is imported, interprets its kernels on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _environment.get(_INTERPRET) == _ONE
 
 
 def plan_for(

@@ -46,7 +46,7 @@ def _in(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _tiny(t: Tensor) -> bool:
     """Whether an operator on ``t`` takes longer to call than to compute: then the fewest operators win, not bytes."""
-    return t.device.type == "cpu" and t.numel() <= _TINY
+    return t.is_cpu and t.numel() <= _TINY
 
 
 def _native(t: Tensor, dtype: torch.dtype, upcast: bool) -> bool:
@@ -56,7 +56,7 @@ def _native(t: Tensor, dtype: torch.dtype, upcast: bool) -> bool:
 
 def _base_first(t: Tensor, dtype: torch.dtype) -> bool:
     """Whether the frozen product is made first and the low-rank product added to it (natively, in ``dtype``)."""
-    return dtype == acc_dtype(dtype) or (dtype == torch.bfloat16 and t.device.type == "cpu")
+    return dtype == acc_dtype(dtype) or (dtype == torch.bfloat16 and t.is_cpu)
 
 
 def _blocks(total: int, size: int) -> Iterator[tuple[int, int]]:

@@ -51,10 +51,10 @@ def _factor(scale: float, scale_tensor: Tensor | None) -> float | Tensor:
 _NOTHING = contextlib.nullcontext()
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The bodies choose their dtypes themselves."""
-    if autocasting(device_type):
-        return torch.autocast(device_type, enabled=False)
+    if torch._C._is_any_autocast_enabled() and autocasting(device.type):  # the name of a device takes longer to ask for
+        return torch.autocast(device.type, enabled=False)
     return _NOTHING
 
 
@@ -78,7 +78,7 @@ def _forward(
     plan = plan_for(rows.shape[0], N, K, a.shape[0], dtype, a.dtype, p > 0.0, x.device, strategy)
     factor = _factor(scale, scale_tensor)
     mask = None if seed is None else pieces.Mask(seed, rows.shape[0], K, p)
-    with _without_autocast(x.device.type):
+    with _without_autocast(x.device):
         rows = pieces.operand(plan, rows)
         s = pieces.shrink(plan, rows, a, mask)
         y = pieces.expand(plan, rows, pieces.operand(plan, weight), bias, s, b, lora_bias, factor)
@@ -116,7 +116,7 @@ def _backward(
     plan = plan_for(M, N, in_features, rank, dy.dtype, adapter_dtype, p > 0.0, dy.device, strategy)
     factor = _factor(scale, scale_tensor)
     dx = dbias = da = db = dlora_bias = ds = None
-    with _without_autocast(dy.device.type):
+    with _without_autocast(dy.device):
         if need_bias or need_lora_bias:
             total = dy.sum(0, dtype=acc_dtype(dy.dtype))
             dbias = total.to(bias_dtype) if need_bias else None
@@ -216,7 +216,7 @@ class FusedLoRALinear(torch.autograd.Function):
         need = [need_x, need_bias, need_a, need_b, need_lora_bias]
         if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _batched(dy)):
             factor = _factor(scale, scale_tensor)
-            with _without_autocast(dy.device.type):
+            with _without_autocast(dy.device):
                 grads = _differentiable_backward(
                     dy, x, weight, a, b, s, factor, seed, p, x_dtype, adapter_dtype, bias_dtype, in_features, need
                 )
