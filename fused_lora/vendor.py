@@ -112,8 +112,9 @@ def expand(
     """y = x wᵀ + bias + scale · (s bᵀ + lora_bias), (M, N) in ``dtype``."""
     if not upcast:
         x, w = _in(x, dtype), _in(w, dtype)
-        if lora_bias is None and not isinstance(scale, Tensor) and _base_first(x, dtype):
-            # The form below with the scale inside the last step: one operator less, which small layers feel.
+        if lora_bias is None and not isinstance(scale, Tensor) and scale != 0 and _base_first(x, dtype):
+            # The form below with the scale inside the last step: one operator less, which small layers feel. Not at 0,
+            # where BLAS skips the product and an Inf in it, which 0 turns into NaN.
             if b.dtype == dtype:
                 y = F.linear(x, w, None if bias is None else _in(bias, dtype))
                 return y.addmm_(_in(s, dtype), b.t(), alpha=scale)
