@@ -139,6 +139,8 @@ class TestSurface:
             layer = LoRALinear(K, N, R, ALPHA, use_bias=True)
         assert all(p.is_meta for p in layer.parameters())
         assert layer(torch.randn(3, K, device="meta")).shape == (3, N)
+        x, a, b = torch.randn(3, K, device="meta"), layer.lora_a.weight, layer.lora_b.weight
+        assert route.refusal(x, layer.weight.detach(), None, a, b, layer.dropout) == route.INPUT
         assert layer.to_empty(device="cpu") is layer
         assert [name for name, p in layer.named_parameters() if p.is_meta] == ["weight", "bias"]
         layer.initialize_parameters()
