@@ -29,6 +29,7 @@ _MODULES = {
     "fused-lora host cost": "host_cost",
     "fused-lora kernel health": "kernel_health",
 }
+_TABLE = "fused-lora tuned"  # the tuner's record: what is in it becomes fused_lora/tuned.json, which plans name
 _START, _END = "<!-- measured: written by bench/report.py -->", "<!-- end of measured -->"
 NO_GPU = "Not measured on a GPU yet: none of these files comes from one."
 
@@ -126,6 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.files and not options.output:
         parser.error("docs and README show bench/results alone: give --output FOLDER for other files")
     paths = options.files or sorted((ROOT / "bench" / "results").glob("*.json"))
+    if not options.files:
+        paths = [path for path in paths if _kind(json.loads(path.read_text())) != _TABLE]
     files = _in_order([load(path) for path in paths])
     page = (options.output or ROOT / "docs") / "performance.md"
     page.parent.mkdir(parents=True, exist_ok=True)

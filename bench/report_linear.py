@@ -20,6 +20,9 @@ _COLOURS = {
     "plain": "#7f7f7f",
     "peft": "#1f77b4",
     "addmm": "#2ca02c",
+    "beta1": "#8c564b",
+    "torchtune": "#17becf",
+    "loralib": "#bcbd22",
 }
 
 
