@@ -7,8 +7,8 @@
 The same run is made with the line and without it, with and without gradient checkpointing, and the loss curves are
 compared. By default nothing is downloaded: a small Llama with random weights reads made-up chat.
 
-Without dropout the curves must lie on each other within the accuracy rule: over all steps and seeds (200 losses or more)
-the patched run is at most twice as far from a float64 run as PEFT's own, in the max norm and in the RMS norm. With
+Without dropout the curves must lie on each other within the accuracy rule: over all steps and seeds (at least 200
+losses) the patched run is at most twice as far from a float64 run as PEFT's own, in the max and the RMS norm. With
 dropout the masks differ, so runs are judged by statistics: over the seeds, the 99 % interval of the difference of the
 final losses (patched - PEFT, same weights and same data order) must hold zero.
 
