@@ -43,9 +43,10 @@ def peft_model(
     model = get_peft_model(Projections(base).to(dtype), LoraConfig(**config), autocast_adapter_dtype=cast_adapters)
     for name in ("other", "third")[: adapters - 1]:
         model.add_adapter(name, LoraConfig(**config | {"r": other_rank}))
-    if not cast_adapters:  # in PEFT 0.18 add_adapter has no argument for it
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtype) if "lora_" in name else parameter.data
+    # PEFT 0.18 casts the first adapter alone; its add_adapter has no argument for it.
+    wide = torch.float32 if cast_adapters and dtype in (torch.bfloat16, torch.float16) else dtype
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(wide) if "lora_" in name else parameter.data
     if adapters > 1:
         model.base_model.set_adapter(["default", "other", "third"][:adapters])
     randomize(model)
