@@ -347,6 +347,21 @@ def test_kept_bytes(regime, p, mode):
         assert ours <= plain
 
 
+def test_kept_bytes_of_two_adapters_with_dropout():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q", "k", "v"], lora_dropout=0.1)
+    model = get_peft_model(Wide().to(BF16), config)
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(["default", "other"])
+    patched, report = patched_copy(model)
+    assert report.fused == 3
+    x = torch.randn(4096, 256, dtype=BF16, requires_grad=True) * 1
+    ours, plain = kept_bytes(patched, x), kept_bytes(model, x)
+    print(f"\ntwo adapters, p=0.1: kept {ours:.2f} x bytes(x), PEFT {plain:.2f}")
+    assert ours <= 1.35 < plain
+
+
 def test_dora_norm_follows_every_write():
     """The cached norm notices optimizer steps, writes through .data as in PEFT's hot swap, a new scale and merging."""
     model = peft_model(use_dora=True, train=False)
