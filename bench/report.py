@@ -26,6 +26,7 @@ _MODULES = {
     "pytest-benchmark": "report_linear",
     "fused-lora model step": "model_step",
     "fused-lora peft step": "peft_step",
+    "fused-lora apply step": "apply_step",
     "fused-lora host cost": "host_cost",
     "fused-lora kernel health": "kernel_health",
 }
