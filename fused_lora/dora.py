@@ -132,9 +132,16 @@ class FusedDoRALinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, a, b, mag, scale, scale_tensor, dtype):
         factor, acc = scale if scale_tensor is None else scale_tensor, mag.dtype
         with torch.autocast(x.device.type, enabled=False):
-            u = F.linear(x.to(dtype), weight.to(dtype))
+            u = y = F.linear(x.to(dtype), weight.to(dtype), bias if dtype == acc else None)
             s = _skinny(x.reshape(x.shape[:-1].numel(), x.shape[-1]), a.to(acc))
-            y = u * mag if bias is None else torch.addcmul(bias.to(acc), u, mag)
+            if bias is None:
+                y = u * mag
+            elif dtype == acc:
+                # As PEFT does it: where mag is 1, as it starts, y is the frozen layer's output bit for bit.
+                u = y - bias
+                y = torch.addcmul(y, u, mag - 1)
+            else:
+                y = torch.addcmul(bias.to(acc), u, mag)
             y.view(s.shape[0], mag.shape[0]).addmm_(s * factor, (b.to(acc) * mag[:, None]).t())
         need_a, need_b, need_mag = ctx.needs_input_grad[3:6]
         keep_x = need_a or need_b or need_mag  # the last two for double backward

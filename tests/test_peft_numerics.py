@@ -362,6 +362,18 @@ def test_kept_bytes_of_two_adapters_with_dropout():
     assert ours <= 1.35 < plain
 
 
+def test_dora_starts_as_the_frozen_layer():
+    model = peft_model(use_dora=True)
+    for layer in layers(model):
+        layer.lora_B["default"].weight.data.zero_()
+        layer.lora_magnitude_vector["default"].weight.data.copy_(torch.linalg.norm(layer.base_layer.weight, dim=1))
+    patched, report = patched_copy(model)
+    assert report.fused == 3
+    x, _ = inputs(F32)
+    with model.disable_adapter():
+        assert torch.equal(patched(x), model(x))
+
+
 def test_dora_norm_follows_every_write():
     """The cached norm notices optimizer steps, writes through .data as in PEFT's hot swap, a new scale and merging."""
     model = peft_model(use_dora=True, train=False)
