@@ -181,15 +181,26 @@ class BlockMask:
         # Comparing into int32 (1 or 0, then negated) is vectorised on a CPU, into bool it is not.
         return torch.gt(h, self._threshold, out=scratch).neg_()
 
+    def spare(self, bits: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Memory of the shape of ``bits`` in ``dtype`` that is free until the next call of :meth:`bits`, or None.
+
+        Fresh memory costs a CPU more than the operator that fills it.
+        """
+        if self._scratch is None or dtype.itemsize > 4:
+            return None
+        return self._scratch[0].view(-1).view(dtype)[: bits.numel()].view(bits.shape)
+
 
 _WORD_OF_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
-def zero_dropped(block: Tensor, bits: Tensor, *, in_place: bool = False) -> Tensor:
+def zero_dropped(block: Tensor, bits: Tensor, *, in_place: bool = False, out: Tensor | None = None) -> Tensor:
     """``block`` (contiguous) with the elements whose ``bits`` are 0 set to 0; survivors unscaled.
 
-    Bits are ANDed instead of multiplied: it is faster, and a dropped Inf or NaN becomes 0.
+    Bits are ANDed instead of multiplied: it is faster, and a dropped Inf or NaN becomes 0. ``out``: where to, in the
+    dtype of ``block``.
     """
     word = _WORD_OF_SIZE[block.element_size()]
     words, bits = block.view(word), bits if bits.dtype == word else bits.to(word)
-    return torch.bitwise_and(words, bits, out=words if in_place else None).view(block.dtype)
+    target = words if in_place else None if out is None else out.view(word)
+    return torch.bitwise_and(words, bits, out=target).view(block.dtype)

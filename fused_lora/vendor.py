@@ -71,10 +71,13 @@ def _row_blocks(t: Tensor) -> Iterator[tuple[int, int]]:
     return _blocks(t.shape[0], max(elements // max(t.shape[1], 1), 16))
 
 
-def _dropped(x: Tensor, i: int, j: int, bits: Tensor | None, acc: torch.dtype) -> Tensor:
+def _dropped(x: Tensor, i: int, j: int, mask: BlockMask, bits: Tensor, acc: torch.dtype) -> Tensor:
     """Rows i..j of x in ``acc`` with the dropped elements zero; the rank-wide side carries 1/(1-p)."""
-    block = _in(part(x, i, j), acc)
-    return block if bits is None else zero_dropped(block.contiguous(), bits, in_place=x.dtype != acc)
+    block, free = part(x, i, j), mask.spare(bits, acc)
+    if block.dtype == acc:
+        return zero_dropped(block.contiguous(), bits, out=free)
+    block = block.to(acc).contiguous() if free is None else free.copy_(block)
+    return zero_dropped(block, bits, in_place=True)
 
 
 def shrink(x: Tensor, a: Tensor, mask: BlockMask | None, upcast: bool) -> Tensor:
@@ -89,8 +92,7 @@ def shrink(x: Tensor, a: Tensor, mask: BlockMask | None, upcast: bool) -> Tensor
         return _in(torch.mm(_in(x, work), a_t), acc)
     s = x.new_empty(x.shape[0], a.shape[0], dtype=acc)
     for i, j in _row_blocks(x):
-        bits = None if mask is None else mask.bits(i, j - i)
-        block = _dropped(x, i, j, bits, work)
+        block = _in(part(x, i, j), work) if mask is None else _dropped(x, i, j, mask, mask.bits(i, j - i), work)
         if work == acc:
             torch.mm(block, a_t, out=part(s, i, j))
         else:
@@ -292,9 +294,10 @@ def _add_lowrank(
         return
     for i, j in _row_blocks(dx):
         bits = mask.bits(start + i, j - i)
-        part(dx, i, j).add_(zero_dropped(torch.mm(part(left, i, j), right), bits, in_place=True))
+        lowrank = torch.mm(part(left, i, j), right, out=mask.spare(bits, left.dtype))
+        part(dx, i, j).add_(zero_dropped(lowrank, bits, in_place=True))
         if x is not None and da is not None:
-            da.addmm_(part(t, i, j).t(), _dropped(x, start + i, start + j, bits, da.dtype))
+            da.addmm_(part(t, i, j).t(), _dropped(x, start + i, start + j, mask, bits, da.dtype))
 
 
 def _grad_x_upcast(
@@ -329,6 +332,6 @@ def grad_a(x: Tensor, ds: Tensor, mask: BlockMask | None, dtype: torch.dtype, up
     t = ds if mask is None else ds * mask.scale
     da = torch.zeros(ds.shape[1], x.shape[1], dtype=acc, device=x.device)
     for i, j in _row_blocks(x):
-        bits = None if mask is None else mask.bits(i, j - i)
-        da.addmm_(part(t, i, j).t(), _dropped(x, i, j, bits, acc))
+        block = _in(part(x, i, j), acc) if mask is None else _dropped(x, i, j, mask, mask.bits(i, j - i), acc)
+        da.addmm_(part(t, i, j).t(), block)
     return _in(da, dtype)
