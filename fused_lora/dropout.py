@@ -17,6 +17,7 @@ The function, all in 32-bit unsigned arithmetic::
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 from torch import Tensor
@@ -83,6 +84,14 @@ def _mix(h):
     return h ^ (h >> 16)
 
 
+def _mix_(h: Tensor) -> Tensor:
+    """:func:`_mix` of a tensor, in place: on a CPU its operators cost less than memory for their results."""
+    carry = h >> 16
+    h.bitwise_xor_(carry).mul_(MIX1).bitwise_and_(_WORD)
+    h.bitwise_xor_(torch.bitwise_right_shift(h, 15, out=carry)).mul_(MIX2).bitwise_and_(_WORD)
+    return h.bitwise_xor_(torch.bitwise_right_shift(h, 16, out=carry))
+
+
 def _row_keys(seed: int | Tensor, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The two words of every row, (r0, r1), int32 of shape (rows, 1)."""
     lo, hi = seed & _WORD, (seed >> 32) & _WORD
@@ -94,8 +103,8 @@ def _row_keys(seed: int | Tensor, rows: int, device: torch.device) -> tuple[Tens
         r0, r1 = torch.tensor(signed, dtype=torch.int32, device=device).reshape(rows, 2).split(1, dim=1)
         return r0, r1
     row = torch.arange(rows, dtype=torch.int64, device=device)
-    r0 = _mix(row ^ key0)
-    r1 = _mix((r0 + key1) & _WORD) | 1
+    r0 = _mix_(row.bitwise_xor_(key0))
+    r1 = _mix_((r0 + key1).bitwise_and_(_WORD)).bitwise_or_(1)
     return r0.to(torch.int32)[:, None], r1.to(torch.int32)[:, None]
 
 
@@ -149,6 +158,26 @@ def part(t: Tensor, start: int, stop: int) -> Tensor:
     return t if stop - start == t.shape[0] else t[start:stop]
 
 
+_kept = threading.local()
+_MOST_KEPT = 1 << 20  # elements of each of the two blocks, 4 MiB
+
+
+def _scratch(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two int32 tensors of ``size`` elements, not initialised.
+
+    On a CPU a thread's masks use the same two after each other, since the pages of fresh memory cost more than the
+    operators that fill them; a mask is finished with a block before the next one asks.
+    """
+    if device.type != "cpu" or size > _MOST_KEPT:
+        return torch.empty(size, dtype=torch.int32, device=device), torch.empty(size, dtype=torch.int32, device=device)
+    pair = getattr(_kept, "pair", None)
+    if pair is None or pair[0].numel() < size:
+        with torch.inference_mode(False):  # else they could not be written outside that mode
+            pair = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.int32)
+        _kept.pair = pair
+    return pair[0][:size], pair[1][:size]
+
+
 class BlockMask:
     """The mask of one call, applied to blocks of rows without ever existing whole (the ``torch`` strategy).
 
@@ -168,11 +197,12 @@ class BlockMask:
     def bits(self, start: int, rows: int) -> Tensor:
         """int32 (rows, cols) for rows start..: -1 (all bits set) where an element is kept, 0 where it is dropped.
 
-        Lives in the scratch: the next call overwrites it.
+        Lives in the scratch: the next call, of any mask of this thread, overwrites it.
         """
         if self._scratch is None or self._scratch[0].shape[0] < rows:
-            first = torch.empty(rows, self._column_words.shape[0], dtype=torch.int32, device=self._column_words.device)
-            self._scratch = (first, torch.empty_like(first))
+            cols = self._column_words.shape[0]
+            first, second = _scratch(rows * cols, self._column_words.device)
+            self._scratch = first.view(rows, cols), second.view(rows, cols)
         first, second = self._scratch
         h, scratch = part(first, 0, rows), part(second, 0, rows)
         r0, r1 = self._row_keys

@@ -218,7 +218,8 @@ def grad_b(
             ds = _in(torch.mm(dy, b), acc).mul_(scale)
         if s is not None:
             t = _in(s * scale, dtype)
-            db = torch.mm(t.t(), dy).t().contiguous() if dy.device.type == "cpu" else torch.mm(dy.t(), t)
+            turned = dy.device.type == "cpu" and (dtype == acc or s.shape[1] < 32)
+            db = torch.mm(t.t(), dy).t().contiguous() if turned else torch.mm(dy.t(), t)
         return ds, db
     if b is not None:
         b = _in(b, acc)
@@ -294,9 +295,14 @@ def _add_lowrank(
         return
     for i, j in _row_blocks(dx):
         bits = mask.bits(start + i, j - i)
+        own = bits.to(torch.int16) if left.dtype.itemsize == 2 else bits
         lowrank = torch.mm(part(left, i, j), right, out=mask.spare(bits, left.dtype))
-        part(dx, i, j).add_(zero_dropped(lowrank, bits, in_place=True))
-        if x is not None and da is not None:
+        part(dx, i, j).add_(zero_dropped(lowrank, own, in_place=True))
+        if x is None or da is None:
+            continue
+        if x.dtype == a.dtype == left.dtype != da.dtype:
+            da += torch.mm(part(left, i, j).t(), _dropped(x, start + i, start + j, mask, own, x.dtype))
+        else:
             da.addmm_(part(t, i, j).t(), _dropped(x, start + i, start + j, mask, bits, da.dtype))
 
 
