@@ -224,6 +224,21 @@ def sections(content: dict, name: str) -> list[str]:
     return lines
 
 
+def summary(content: dict, name: str) -> tuple[str, str]:
+    """(what, result) for the README."""
+    parts = []
+    for mode in MODES:
+        for p in sorted({cell["p"] for cell in content["cells"]}):
+            ratios = [
+                cell["vs_peft"]["ours"]["median"]
+                for cell in content["cells"]
+                if cell["mode"] == mode and cell["p"] == p and "ours" in cell.get("vs_peft", {})
+            ]
+            if ratios:
+                parts.append(f"{mode}, p {p:g}: {min(ratios):.2f} to {max(ratios):.2f}")
+    return "CPU time of a call on tiny layers / PEFT's", "; ".join(parts)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one shape, few rounds: shows that it runs")

@@ -231,6 +231,56 @@ def sections(content: dict, name: str) -> list[str]:
     return lines
 
 
+def _first_cells(content: dict) -> list[dict]:
+    """The cells of the first shape, rank and regime: one per dropout."""
+    first = content["cells"][0]
+    keys = ("M", "N", "K", "rank", "regime")
+    return [cell for cell in content["cells"] if all(cell[key] == first[key] for key in keys)]
+
+
+def figures(content: dict, name: str, folder: Path) -> list[Path]:
+    """Bytes beyond the frozen layer, a bar per layer and dropout, at the first shape."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    cells = _first_cells(content)
+    names = [key for key in cells[0]["layers"] if key not in ("frozen", "ours-torch")]
+    figure, axis = pyplot.subplots(figsize=(9, 0.5 * len(names) + 1.2), layout="constrained")
+    thick = 0.8 / len(cells)
+    for turn, cell in enumerate(cells):
+        sizes = [cell["layers"].get(key, {}).get("extra", 0) / 1e6 for key in names]
+        at = [-(i + turn * thick) for i in range(len(names))]
+        colour = ("#1f77b4", "#ff7f0e")[turn % 2]
+        axis.barh(at, sizes, thick, color=colour, label=f"dropout {cell['p']:g}")
+    labels = [cells[0]["layers"][key]["label"] for key in names]
+    axis.set_yticks([-i - (len(cells) - 1) * thick / 2 for i in range(len(names))], labels, fontsize=8)
+    axis.set_xlabel("MB moved beyond the frozen layer, forward + backward (counted)")
+    axis.set_title(f"{name}: {title(cells[0]).rpartition(', p')[0]}", fontsize=9)
+    axis.legend(fontsize=8)
+    path = folder / f"{Path(name).stem}.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return [path]
+
+
+def summary(content: dict, name: str) -> tuple[str, str]:
+    """(what, result) for the README."""
+    cells = _first_cells(content)
+    shown = {"ours": "as planned", "ours-fused-descriptor": "with the fused GEMMs", "peft": "PEFT"}
+    parts = [
+        f"{label} {' / '.join(written(cell['layers'][key]['formula']) for cell in cells if key in cell['layers'])}"
+        for key, label in shown.items()
+    ]
+    dropout = " / ".join(f"{cell['p']:g}" for cell in cells)
+    return (
+        f"bytes moved beyond the frozen layer, forward + backward, counted; {cells[0]['regime']}, rank "
+        f"{cells[0]['rank']}, dropout {dropout}",
+        "; ".join(parts) + " (and rank-wide terms)",
+    )
+
+
 def describe(term: dict) -> str:
     """A tensor of the rest in one line."""
     shape = " x ".join(map(str, term["shape"]))
