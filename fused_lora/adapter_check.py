@@ -184,6 +184,8 @@ def _check_pairs(result: Comparison, files: AdapterFiles, config: AdapterConfig,
 def _check_targets(result: Comparison, config: AdapterConfig, target: Target) -> None:
     """The layers that the config names against those the file has tensors for."""
     for path in result.factors:
+        if lost := target.places[path].lost_in_peft:
+            result.add("note", path, f"PEFT leaves its {lost} out of lora_A: there the file computes something else")
         ends = (name.rpartition(".") for name in target.places[path].names)
         if len({(target.aliases.get(holder, ""), name) for holder, _, name in ends}) > 1:
             names = ", ".join(target.places[path].names[1:])

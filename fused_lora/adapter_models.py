@@ -26,7 +26,8 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 class Place:
     """One layer of the base model. ``r`` and ``scale`` are None where it has no LoRA yet.
 
-    ``shapes(r)`` are those of lora_a and lora_b. ``refusal`` says why LoRA cannot go here.
+    ``shapes(r)`` are those of lora_a and lora_b. ``refusal`` says why LoRA cannot go here. ``lost_in_peft``: what of a
+    convolution PEFT does not give its lora_A, so that there the same factors compute something else.
     """
 
     names: tuple[str, ...]
@@ -39,6 +40,7 @@ class Place:
     groups: int = 1
     dora: bool = False
     refusal: str = ""
+    lost_in_peft: str = ""
 
     @property
     def path(self) -> str:
@@ -133,7 +135,20 @@ def _of_lora(layer: LoRALayer, names: tuple[str, ...]) -> Place:
     shapes = tuple(layer.lora_a.shape), tuple(layer.lora_b.shape)
     embedding = issubclass(layer.base_type, nn.Embedding)
     dora = layer.magnitude is not None
-    return Place(names, embedding, lambda r: shapes, layer.r, layer.scale, layer, layer.lora_a.dtype, dora=dora)
+    known = (layer.r, layer.scale, layer, layer.lora_a.dtype)
+    return Place(names, embedding, lambda r: shapes, *known, dora=dora, lost_in_peft=_lost_in_peft(layer))
+
+
+def _lost_in_peft(layer: Any) -> str:
+    """PEFT (0.18 to 0.21) makes lora_A with the kernel size, stride and padding of the convolution, and no more."""
+    lost = []
+    if any(
+        k > 1 and d > 1 for k, d in zip(getattr(layer, "kernel_size", ()), getattr(layer, "dilation", ()), strict=True)
+    ):
+        lost.append("dilation")
+    if getattr(layer, "padding_mode", "zeros") != "zeros" and any(layer._reversed_padding_repeated_twice):
+        lost.append("padding mode")
+    return " and ".join(lost)
 
 
 def _of_plain(module: nn.Module, names: tuple[str, ...]) -> Place | None:
@@ -156,7 +171,8 @@ def _of_plain(module: nn.Module, names: tuple[str, ...]) -> Place | None:
         return None
     weight = module._parameters.get("weight")
     dtype = None if weight is None else default_adapter_dtype(weight.dtype)
-    return Place(names, isinstance(module, nn.Embedding), shapes, dtype=dtype, groups=groups, refusal=refusal)
+    embedding, lost = isinstance(module, nn.Embedding), _lost_in_peft(module)
+    return Place(names, embedding, shapes, dtype=dtype, groups=groups, refusal=refusal, lost_in_peft=lost)
 
 
 def _linear_shapes(inputs: int, outputs: int) -> Callable[[int], Shapes]:
@@ -220,4 +236,5 @@ def _of_peft(layer: Any, adapter: str, names: tuple[str, ...]) -> Place:
         a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     shapes = tuple(a.shape), tuple(b.shape)
     r, scale, dora = layer.r[adapter], float(layer.scaling[adapter]), adapter in layer.lora_magnitude_vector
-    return Place(names, embedding, lambda _: shapes, r, scale, dtype=a.dtype, dora=dora)
+    lost = _lost_in_peft(layer.get_base_layer())
+    return Place(names, embedding, lambda _: shapes, r, scale, dtype=a.dtype, dora=dora, lost_in_peft=lost)

@@ -1,7 +1,7 @@
 """Adapters in PEFT's files: save_adapter, load_adapter, check_adapter.
 
 A directory with adapter_config.json and adapter_model.safetensors; keys and shapes are PEFT's, and an adapter saved by
-either library loads in the other. Formats of other libraries are in ``adapter_convert.py``.
+either library loads in the other. Formats of other libraries are in ``convert.py``.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ def save_adapter(
     base = base_model_name_or_path or getattr(getattr(unwrap(model), "config", None), "name_or_path", None) or None
     if len({layer.lora_dropout for layer in settings.values()} - {None}) > 1:
         warnings.warn("lora_dropout differs between layers; the config can only say the commonest", stacklevel=2)
+    _warn_of_peft(target, settings, "PeftModel.from_pretrained will compute something else with these files")
     config = describe(settings, target.names, bias, saved, base)
     layers = {path: [layer.r, layer.scale] for path, layer in settings.items()}
     metadata = {"format": "pt", METADATA_KEY: json.dumps({"version": 1, "layers": layers})}
@@ -162,6 +163,8 @@ def load_into(
     rounded = [finding.where for finding in result.findings if "will be rounded" in finding.detail]
     if rounded and adapter_dtype is None:
         warnings.warn(f"rounded to the dtype of the model's factors: {list_keys(rounded)}", stacklevel=3)
+    if METADATA_KEY not in files.metadata:
+        _warn_of_peft(target, result.factors, "if PEFT trained these factors, it computed something else with them", 4)
     if target.kind == "plain":
         inject.apply_lora(unwrap(model), _lora_config(config, result), adapter_dtype=adapter_dtype)
     elif target.kind == "new task":
@@ -208,14 +211,22 @@ def _not_ours(target: Target, task: str | None) -> str:
     if target.kind == "peft":
         return "this is a PeftModel: its own save_pretrained writes these files"
     if target.kind == "new task":
-        return f"unknown task {task!r}"
+        return f"unknown task {task!r}: add_task makes it"
     return "there is no LoRA layer in this model; was apply_lora called on it?"
+
+
+def _warn_of_peft(target: Target, paths: Iterable[str], so: str, stacklevel: int = 3) -> None:
+    lost = [f"{path} ({place.lost_in_peft})" for path in paths if (place := target.places[path]).lost_in_peft]
+    if lost:
+        warnings.warn(
+            f"PEFT leaves a setting of a convolution out of lora_A: {list_keys(lost)}; {so}", stacklevel=stacklevel
+        )
 
 
 def _settings(place: Place) -> LayerSettings:
     layer = place.lora
     if not isinstance(layer, LoRALayer):
-        raise AdapterError(f"{place.path} {place.refusal}, which PEFT's files have no keys for")
+        raise AdapterError(f"{place.path} cannot be saved: {place.refusal}, which PEFT's files have no keys for")
     if any(t.is_meta or hasattr(t, "full_tensor") for t in layer.trained()):
         raise AdapterError(f"nothing was saved: the factors of {place.path} are sharded or on the meta device")
     dropout = None if place.embedding else layer.lora_dropout
