@@ -11,16 +11,14 @@ instructions, the tensor-core instructions and the asynchronous copies. Exit cod
 * a spill, too much shared memory (or more than ``tiles.py`` reckons), wgmma that ptxas serialized (C7510 to C7515);
 * no tensor-core instruction in the main loop, where the dtype has one;
 * no asynchronous copy there, in a tile of several stages; for the descriptor form, no bulk copy;
-* on sm_90, a main loop of expand or grad_x that does more than the plain GEMM's: the same kernel in the same tile
-  without the low-rank product, bias and mask is compiled too, and a step may hold no instruction that the plain one
-  lacks: in the PTX none but comparisons of a tile's bounds, in the SASS none that does work (``kernel_loops.py`` says
-  which); the difference in all SASS instructions, ptxas's bookkeeping included, is printed.
+* on sm_90, a main loop of expand or grad_x that does more than that of the plain GEMM, the same kernel and tile without
+  low-rank product, bias and mask: in the PTX anything but comparisons of a tile's bounds, in the SASS anything that
+  does work (``kernel_loops.py`` says which). The difference in all SASS instructions is printed.
 
-Sizes are multiples of 16, as those of nearly all layers. Rows of other lengths are loaded element by element in 16-bit
-types: correct, but without asynchronous copies, and with spills at BLOCK_R 64 and in the one-pass grad_b.
+Sizes are multiples of 16, as those of nearly all layers, and for sm_80 and sm_90 also such that N, K or both are not:
+rows of such a length are loaded element by element in 16-bit types, without asynchronous copies, in smaller tiles.
 
-The launchers are called with meta tensors and Triton's launch is replaced by one that notes its arguments, so what is
-compiled is what would be launched. Triton caches the results: a second run takes seconds.
+The launchers get meta tensors and Triton's launch only notes its arguments: what is compiled is what would be launched.
 """
 
 import argparse
@@ -57,18 +55,26 @@ POINTERS = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int64: "i64",
 }  # fmt: skip
 M, N, K = 8192, 4096, 4096
+ODD = 4088  # as good as any length that 16 does not divide: Triton compiles one kernel for all of them
+ODD_ARCHS = ("80", "90")
 KIND = "fused-lora kernel health"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One launcher call: a piece of the layer with a tile, in a regime, with or without dropout."""
+    """One launcher call: a piece of an (n, k) layer with a tile, in a regime, with or without dropout."""
 
     arch: str
     regime: str
     piece: str
     tile: object
     dropout: bool
+    n: int = N
+    k: int = K
+
+    @property
+    def problem(self) -> tiles.Problem:
+        return tiles.Problem(M, self.n, self.k, rank_block(self.tile), *tiles.REGIMES[self.regime], self.dropout)
 
 
 @dataclass(frozen=True)
@@ -97,17 +103,18 @@ class Health:
         found += [(multiplies and not tensor, "no tensor-core instruction in the main loop")]
         found += [(self.pipelined and not copies, "no asynchronous copy in the main loop")]
         found += [("descriptor" in self.kernel and not bulk, "no bulk copy in the main loop")]
-        more = ", ".join(f"{times} {name}" for name, times in self.extra.items())
-        found += [(bool(self.extra), f"per step more than the plain GEMM: {more}")]
+        found += [(bool(self.extra), "per step more than the plain GEMM: "
+                   + ", ".join(f"{times} {name}" for name, times in self.extra.items()))]  # fmt: skip
         return [text for wrong, text in found if wrong]
 
     @property
     def pipelined(self) -> bool:
-        """Whether the tile asks for copies in flight. On chips without wgmma ``both`` reads t in two orders, and the
-        pipeliner then loads it into registers; on AMD's chips it does so always."""
-        chip, tile = CHIPS[self.case.arch], ran_with(self.case.tile, self.kernel)
+        """Whether the tile asks for copies in flight, of rows that can be copied. On chips without wgmma ``both`` reads
+        t in two orders, and the pipeliner then loads it into registers; on AMD's chips it does so always."""
+        case, chip, tile = self.case, CHIPS[self.case.arch], ran_with(self.case.tile, self.kernel)
         kernels = ("_shrink", "_outer", "_gemm") + ("_both",) * chip.warp_groups
-        return not chip.hip and self.kernel.startswith(kernels) and tile.num_stages > 1
+        loads = "descriptor" in self.kernel or case.problem.vectors(case.n, case.k)
+        return loads and not chip.hip and self.kernel.startswith(kernels) and tile.num_stages > 1
 
     def row(self) -> str:
         case, limit = self.case, CHIPS[self.case.arch].shared_limit
@@ -115,22 +122,27 @@ class Health:
         numbers += " ".join(f"{number:4d}" for number in self.loop[:3])
         numbers += f" {self.plain[0] - self.plain[1]:+4d}" if self.plain else "     "
         flags = ("drop " if case.dropout else "     ") + f"{describe(case.tile, self.kernel):24s}"
-        head = f"{case.arch:>6s} {case.regime:14s} {case.piece:9s} {self.kernel:23s} {flags}"
+        head = f"{case.arch:>6s} {case.regime:14s} {case.n}x{case.k} {case.piece:9s} {self.kernel:23s} {flags}"
         return f"{head} {numbers} {'; '.join(self.breaches)}"
 
     def record(self) -> list[object]:
         """The same for the JSON, in the order of ``COLUMNS``."""
         case, plain = self.case, self.plain or (None, None)
-        head = [case.arch, case.regime, case.piece, self.kernel, describe(case.tile, self.kernel), case.dropout]
+        head = [case.arch, case.regime, case.n, case.k, case.piece, self.kernel]
+        head += [describe(case.tile, self.kernel), case.dropout]
         numbers = [self.registers, self.spill, self.shared, CHIPS[case.arch].shared_limit, self.serialized]
         return [*head, *numbers, *self.loop, *plain, self.breaches]
 
 
 COLUMNS = [
-    "arch", "regime", "piece", "kernel", "tile", "dropout", "registers", "spilled_bytes", "shared_bytes",
+    "arch", "regime", "N", "K", "piece", "kernel", "tile", "dropout", "registers", "spilled_bytes", "shared_bytes",
     "shared_limit", "serialized", "loop_instructions", "loop_tensor", "loop_copies", "loop_bulk_copies", "sass_loop",
     "sass_plain_loop", "breaches",
 ]  # fmt: skip
+
+
+def rank_block(tile: object) -> int:
+    return ran_with(tile, "").block_r
 
 
 def ran_with(tile: object, kernel: str) -> object:
@@ -150,30 +162,28 @@ def describe(tile: object, kernel: str) -> str:
 def cases(archs: list[str], regimes: list[str], largest_rank: int = 64) -> Iterator[Case]:
     """Every shipped tile, with and without a mask where the piece draws one, and the split form of the few-row GEMM."""
     for arch, regime in itertools.product(archs, regimes):
-        for piece, tile, dropout in tiles.shipped(CHIPS[arch], regime):
-            if rank_block(tile) > largest_rank:
-                continue
-            yield Case(arch, regime, piece, tile, dropout)
-            if isinstance(tile, tiles.GemmTile) and tile.block_m <= 64 and not dropout:
-                yield Case(arch, regime, piece, replace(tile, split=2), dropout)
-
-
-def rank_block(tile: object) -> int:
-    return (tile.ds if isinstance(tile, tiles.GradBTile) else tile).block_r
+        odd = arch in ODD_ARCHS and regime != "float32"
+        for n, k in ((N, K), (ODD, ODD), (ODD, K), (N, ODD))[: 4 if odd else 1]:
+            for piece, tile, dropout in tiles.shipped(CHIPS[arch], regime, n, k):
+                if rank_block(tile) > largest_rank:
+                    continue
+                yield Case(arch, regime, piece, tile, dropout, n, k)
+                if isinstance(tile, tiles.GemmTile) and tile.block_m <= 64 and not dropout:
+                    yield Case(arch, regime, piece, replace(tile, split=2), dropout, n, k)
 
 
 def call(case: Case) -> None:
     """Call the launcher of a case on meta tensors of a real layer's shape."""
     dtype, adapter = (getattr(torch, name) for name in tiles.REGIMES[case.regime])
-    rank, tile = rank_block(case.tile), case.tile
+    rank, tile, n, k = rank_block(case.tile), case.tile, case.n, case.k
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     rows = tile.block_m if isinstance(tile, tiles.GemmTile) and tile.block_m <= 64 else M
-    x, dy, w = empty(rows, K), empty(rows, N), empty(N, K)
-    a, b, s = empty(rank, K, dtype=adapter), empty(N, rank, dtype=adapter), empty(rows, rank, dtype=torch.float32)
-    bias, lora_bias = empty(N), empty(N, dtype=adapter)
+    x, dy, w = empty(rows, k), empty(rows, n), empty(n, k)
+    a, b, s = empty(rank, k, dtype=adapter), empty(n, rank, dtype=adapter), empty(rows, rank, dtype=torch.float32)
+    bias, lora_bias = empty(n), empty(n, dtype=adapter)
     drop = linear.Drop(empty(1, dtype=torch.int64), 5, 1.25) if case.dropout else None
     launch: dict[str, Callable[[], object]] = {
         "shrink": lambda: linear.shrink(x, a, drop, tile),
@@ -246,8 +256,7 @@ def compiled(kernel: JITFunction, args: tuple, options: dict, target: GPUTarget)
 
 def reckoned_shared(case: Case, kernel: str) -> int:
     """What tiles.py says this kernel may take, or the chip's limit for a kernel that tiles.py does not size."""
-    problem = tiles.Problem(M, N, K, rank_block(case.tile), *tiles.REGIMES[case.regime])
-    tile = ran_with(case.tile, kernel)
+    problem, tile = case.problem, ran_with(case.tile, kernel)
     if isinstance(tile, tiles.SkinnyTile) and kernel != "_reduce_kernel":
         name = kernel.strip("_").removesuffix("_kernel")
         return tiles.skinny_shared_bytes(tile, problem, name, CHIPS[case.arch])
@@ -305,35 +314,50 @@ def loop_of(text: str) -> tuple[int, int, int, int]:
     return loop.total(), *(kernel_loops.count(loop, kind) for kind in kinds)
 
 
+def named(content: dict) -> list[dict]:
+    """The rows of the JSON by column, chips by their full name."""
+    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
+    return [row | {"arch": row["arch"] if row["arch"].startswith("gfx") else f"sm_{row['arch']}"} for row in rows]
+
+
 def sections(content: dict, name: str) -> list[str]:
     """The JSON as Markdown: what compiled for each chip, and the main loops beside the plain GEMM's."""
-    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
+    rows = named(content)
     lines = [f"### What the kernels compile to (`{name}`)", ""]
     lines += ["| chip | kernels | registers, most | bytes spilled | shared memory, most / limit | serialized wgmma |"
               " without tensor cores (float32) | breaches |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for arch in dict.fromkeys(row["arch"] for row in rows):
-        its = [row for row in rows if row["arch"] == arch]
+    for arch, group in itertools.groupby(rows, lambda row: row["arch"]):
+        its = list(group)
         most, spilled = (max(row["registers"] for row in its), sum(row["spilled_bytes"] for row in its))
         shared, limit = max((row["shared_bytes"], row["shared_limit"]) for row in its)
         bare = sum(not row["loop_tensor"] and row["kernel"] != "_reduce_kernel" for row in its)
-        lines += [
-            f"| {'' if arch.startswith('gfx') else 'sm_'}{arch} | {len(its)} | {most} | {spilled} | {shared} / {limit} "
-            f"| {sum(row['serialized'] for row in its)} | {bare} | {sum(bool(row['breaches']) for row in its)} |"
-        ]
+        serialized, breached = sum(row["serialized"] for row in its), sum(bool(row["breaches"]) for row in its)
+        cells = [arch, len(its), most, spilled, f"{shared} / {limit}", serialized, bare, breached]
+        lines += [f"| {' | '.join(map(str, cells))} |"]
     compared = [row for row in rows if row["sass_loop"] is not None]
     if compared:
         lines += ["", f"### Main loop of expand and grad_x beside the plain GEMM of the same tile (`{name}`)", ""]
         lines += ["Machine instructions per step; what is more is address and register bookkeeping.",
-                  "", "| piece | kernel | regime | tile | mask | fused | plain | tensor-core | copies |",
-                  "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+                  "", "| piece | kernel | regime | N x K | tile | mask | fused | plain | tensor-core | copies |",
+                  "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
         for row in compared:
-            head = (
-                f"{row['piece']} | {row['kernel'].strip('_').removesuffix('_kernel')} | {row['regime']} | {row['tile']}"
-            )
-            head += " | yes" if row["dropout"] else " | no"
-            loop = f"{row['sass_loop']} | {row['sass_plain_loop']} | {row['loop_tensor']} | {row['loop_copies']}"
-            lines += [f"| {head} | {loop} |"]
+            kernel, mask = row["kernel"].strip("_").removesuffix("_kernel"), "yes" if row["dropout"] else "no"
+            cells = [row["piece"], kernel, row["regime"], f"{row['N']} x {row['K']}", row["tile"], mask]
+            cells += [row[name] for name in ("sass_loop", "sass_plain_loop", "loop_tensor", "loop_copies")]
+            lines += [f"| {' | '.join(map(str, cells))} |"]
     return [*lines, ""]
+
+
+def summary(content: dict, name: str) -> tuple[str, str]:
+    """(what was compiled, what came of it) for the README."""
+    rows = named(content)
+    chips = ", ".join(dict.fromkeys(row["arch"] for row in rows))
+    spilled, serialized = (sum(row[name] for row in rows) for name in ("spilled_bytes", "serialized"))
+    found = (
+        f"{spilled} bytes spilled, {serialized} with serialized wgmma, {sum(map(bool, (r['breaches'] for r in rows)))}"
+    )
+    what = f"what every kernel compiles to with triton {content['triton']}: {chips}"
+    return what, f"{len(rows)} kernels: {found} with a breach"
 
 
 def write(path: Path, rows: list[list[object]]) -> None:
@@ -360,9 +384,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.kernel in {case.piece for case in chosen}:
         chosen = [case for case in chosen if case.piece == options.kernel]
 
-    print(f"{'':106s} main loop: instructions, of them on tensor cores and copies; SASS beyond the plain GEMM's")
-    head = f"{'arch':>6s} {'regime':14s} {'piece':9s} {'kernel':23s} {'mask, tile':29s}"
-    print(f"{head} regs spill B shared B/limit  inst tens copy more")
+    print(f"{'':116s} main loop: instructions, of them on tensor cores and copies; SASS beyond the plain GEMM's")
+    print(f"{'arch':>6s} {'regime':14s} {'N x K':9s} {'piece':9s} {'kernel':23s} {'mask, tile':29s}", end="")
+    print(" regs spill B shared B/limit  inst tens copy more")
     records: dict[str, list[object]] = {}
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
         for rows in pool.map(examine, chosen, chunksize=4):

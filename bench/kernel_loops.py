@@ -34,23 +34,30 @@ def innermost_loops(assembly: str) -> list[Counter[str]]:
     """How often each opcode stands in each innermost loop."""
     labels: dict[str, int] = {}
     opcodes: list[str] = []
-    spans = []
+    named = []  # (place of a branch, its label)
     for line in assembly.splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(opcodes)
         elif found := _INSTRUCTION.match(line):
             opcode, operands = found.groups()
-            target = _TARGET.search(operands) if _BRANCH.match(opcode) else None
-            if target and target[1] in labels:
-                spans.append((labels[target[1]], len(opcodes)))
+            if target := _TARGET.search(operands) if _BRANCH.match(opcode) else None:
+                named.append((len(opcodes), target[1]))
             opcodes.append(opcode)
+    branches = [(place, labels[label]) for place, label in named if label in labels]
     # Branches back to one label are one loop: LLVM may begin it at its latch, with a branch there from its middle.
-    whole = {start: max(end for first, end in spans if first == start) for start, _ in spans}
-    inner = [
-        (start, end)
-        for start, end in whole.items()
-        if not any(start != other and start <= other and whole[other] <= end for other in whole)
-    ]
+    whole: dict[int, int] = {}
+    for place, start in branches:
+        if start <= place:
+            whole[start] = max(place, whole.get(start, 0))
+
+    def within(other: int, start: int) -> bool:
+        """Whether ``other`` is a loop of its own inside that at ``start``: its middle is not the way into both."""
+        inside = start < other and whole[other] <= whole[start]
+        return inside and not any(
+            other < target <= whole[other] and not start <= place <= whole[start] for place, target in branches
+        )
+
+    inner = [(start, end) for start, end in whole.items() if not any(within(other, start) for other in whole)]
     return [Counter(opcodes[start : end + 1]) for start, end in inner]
 
 

@@ -225,6 +225,12 @@ def make_plan(facts: Facts, request: str | None = None) -> Plan:
         strategy, reasons = "torch", [f"not triton: {refusal}"]
     elif facts.device.interpreted:
         strategy, reasons = "torch", ["not triton: its interpreter is for tests; ask for strategy='triton' to use it"]
+    elif facts.device.hip:
+        strategy = "torch"
+        reasons = [
+            "not triton: the kernels compile for AMD's gfx942 but no run on an AMD chip such as "
+            f"{facts.device.name} has been recorded; ask for strategy='triton' to use them"
+        ]
     elif (entry := _entry(facts, "strategy")) is not None and entry.form == "torch":
         strategy = "torch"
         reasons.append(f"torch as a whole: {_as_measured(facts, entry)}")

@@ -56,7 +56,12 @@ def _shrink_kernel(
         f = tl.load(f_ranks + cols_wide[:, None] * stride_fc, mask_r & (cols[:, None] < C), 0.0)  # (BLOCK_C, BLOCK_R)
         if seed_ptr is not None:
             t = tl.where(keep_mask(key0, key1, rows[:, None], cols[None, :], threshold), t, 0.0)
-        acc = dot(t, f, acc, PRECISION)
+            # Added outside the dot, which so ends within its step: left in flight, its operand's registers are those of
+            # the next step's mask, and ptxas serializes wgmma (C7515; triton 3.6.0). fma: acc + dot is folded back.
+            step = dot(t, f, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION)
+            acc = tl.fma(step, tl.full((BLOCK_M, BLOCK_R), 1.0, tl.float32), acc)
+        else:
+            acc = dot(t, f, acc, PRECISION)
 
     u_rows = u_ptr + (part.to(tl.int64) * M + rows)[:, None] * R
     tl.store(u_rows + ranks[None, :], acc * load_scale(scale), mask_m & mask_r)

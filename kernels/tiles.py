@@ -91,6 +91,10 @@ class Problem:
     def itemsize(self) -> int:
         return _ITEMSIZE[self.regime.removeprefix("mixed ")]
 
+    def vectors(self, *columns: int) -> bool:
+        """Whether rows of these lengths load as vectors: all Triton knows of a length is whether 16 divides it."""
+        return self.itemsize == 4 or not any(length % 16 for length in columns)
+
     @property
     def adapter_itemsize(self) -> int:
         return 4 if self.regime.startswith("mixed") else self.itemsize
@@ -214,7 +218,8 @@ def _shrink_tile(problem: Problem, chip: Chip, columns: int) -> SkinnyTile:
         r = _rank_block(rank, 64)
         tile = SkinnyTile(64, 32, r, 4 if r == 16 else 8, 3)
     else:
-        r = _rank_block(rank, _widest_rank(regime, chip))
+        widest = _widest_rank(regime, chip)
+        r = _rank_block(rank, widest if problem.vectors(columns) else max(widest // 2, 16))
         tile = SkinnyTile(64, 64, r, 4, 2) if chip.hip else SkinnyTile(128, 64, r, 8, 4 if r <= 32 else 3)
     blocks = cdiv(problem.M, tile.block_m) * cdiv(rank, tile.block_r)
     return _finish(tile, "shrink", blocks, cdiv(columns, 4 * tile.block_c), problem, chip)
@@ -244,6 +249,8 @@ def _widest_rank(regime: str, chip: Chip) -> int:
 def _both_tile(problem: Problem, chip: Chip) -> SkinnyTile | None:
     """One pass over dy saves reading it again (2MN bytes) and costs partial ds (8 M N R / BLOCK_C): R < BLOCK_C / 4."""
     r = _rank_block(problem.R, 64)
+    if not problem.vectors(problem.N):  # an address for each element of dy: 48 to 496 bytes spilled
+        return None
     if (problem.regime, r) in (("bfloat16", 16), ("bfloat16", 32), ("float16", 16)):
         tile = SkinnyTile(64, 256, r, 8, 3)
         wide = SkinnyTile(64, 512, r, 8, 2)
@@ -269,7 +276,10 @@ def _gemm_tile(
             tile = replace(tile, block_p=128, num_warps=4 if chip.warp_groups else 8)
         return _fit_stages(tile, chip, shared_bytes)
     if problem.regime == "float32":
-        tile = GemmTile(64, 64, 16, 16, 8, 3)
+        # sm_120: with 3 stages ptxas chooses 80 registers for the split form and spills 16 bytes (triton 3.7.1).
+        tile = GemmTile(64, 64, 16, 16, 8, 2 if chip.capability >= (12, 0) else 3)
+    elif not problem.vectors(problem.N, problem.K):  # the larger tiles spill 8 to 3556 bytes
+        tile = GemmTile(16, 64, 64, 32, 4, 2) if rows <= 16 else GemmTile(64, 64, 64, 32, 8, 3)
     elif rows <= 64:
         tile = GemmTile(16 if rows <= 16 else 64, 64, 128, 32, 4, 4)
     else:
@@ -326,11 +336,14 @@ REGIMES = {
 }
 
 
-def shipped(chip: Chip, regime: str) -> Iterator[tuple[str, object, bool]]:
-    """Every (piece, tile, dropout) that can be picked on a chip in a regime, up to split, which is not in the code."""
+def shipped(chip: Chip, regime: str, n: int = 4096, k: int = 4096) -> Iterator[tuple[str, object, bool]]:
+    """Every (piece, tile, dropout) that can be picked on a chip in a regime, up to split, which is not in the code.
+
+    For N and K that are multiples of 16 where those of n and k are.
+    """
     seen = set()
     for rank, rows, dropout in product((16, 32, 64), (16, 64, 8192), (False, True)):
-        problem = Problem(rows, 4096, 4096, rank, *REGIMES[regime], dropout)
+        problem = Problem(rows, n, k, rank, *REGIMES[regime], dropout)
         picked = [("shrink", pick_shrink(problem, chip)), ("grad_a", pick_grad_a(problem, chip))]
         picked += [("grad_x", pick_grad_x(problem, chip)), ("lowrank_x", pick_lowrank_x(problem, chip))]
         descriptor = chip.descriptors and problem.itemsize == 2

@@ -74,8 +74,8 @@ def test_planning_asks_no_device(monkeypatch):
         make_plan(facts(chip))
 
 
-@pytest.mark.parametrize("name", [name for name in CHIPS if name != "interpreter"])
-def test_every_gpu_gets_the_kernels_and_the_vendors_gemm(name):
+@pytest.mark.parametrize("name", [name for name in CHIPS if name not in ("interpreter", "ROCm")])
+def test_every_nvidia_gpu_gets_the_kernels_and_the_vendors_gemm(name):
     """Until a committed measurement says otherwise: skinny pieces from kernels, the big products from the vendor."""
     chip = CHIPS[name]
     planned = make_plan(facts(chip))
@@ -91,6 +91,18 @@ def test_the_interpreter_is_only_for_those_who_ask():
     assert planned.strategy == "torch"
     assert planned.reasons[0] == "not triton: its interpreter is for tests; ask for strategy='triton' to use it"
     assert make_plan(facts(CHIPS["interpreter"]), "triton").strategy == "triton"
+
+
+def test_amds_chips_get_the_kernels_only_for_those_who_ask():
+    """The kernels were compiled for one of them and run on none."""
+    planned = make_plan(facts(CHIPS["ROCm"]))
+    assert planned.strategy == "torch"
+    assert set(forms(planned).values()) == {"torch"}
+    assert len(planned.reasons) == 1
+    assert planned.reasons[0].startswith("not triton: the kernels compile for AMD's gfx942 but no run on an AMD chip")
+    assert planned.reasons[0].endswith("ask for strategy='triton' to use them")
+    asked = make_plan(facts(CHIPS["ROCm"]), "triton")
+    assert (asked.strategy, asked.shrink, asked.expand) == ("triton", "triton", "beta1")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ CHIPS = {
     "H100": Chip(132, (9, 0)), "B200": Chip(148, (10, 0)), "RTX 5090": Chip(170, (12, 0)),
     "MI300X": Chip(304, (9, 4), hip=True), "unknown": Chip(64, (13, 7)),
 }  # fmt: skip
+EVEN = list(product((True, False), repeat=2))  # whether 16 divides N, and K
 PIECES = ("shrink", "grad_a", "grad_b", "expand", "grad_x", "lowrank_y", "lowrank_x")
 
 chips = pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
@@ -45,11 +47,15 @@ def picked(problem: Problem, chip: Chip):
 @chips
 def test_whatever_is_picked_is_shipped(chip):
     """``shipped`` is what the compile test compiles, so nothing outside it may ever run."""
-    shipped = {regime: set(tiles.shipped(chip, regime)) for regime in tiles.REGIMES}
+    sizes = {(n_even, k_even): [4096 if even else 4088 for even in (n_even, k_even)] for n_even, k_even in EVEN}
+    shipped = {
+        (regime, even): set(tiles.shipped(chip, regime, *sizes[even])) for regime in tiles.REGIMES for even in EVEN
+    }
     for problem in problems(200):
+        its = shipped[problem.regime, (problem.N % 16 == 0, problem.K % 16 == 0)]
         for piece, tile in picked(problem, chip):
             masked = problem.dropout and piece in ("shrink", "grad_a", "grad_x", "lowrank_x")
-            assert (piece, tiles.one_part(tile), masked) in shipped[problem.regime]
+            assert (piece, tiles.one_part(tile), masked) in its
 
 
 @chips
@@ -88,6 +94,24 @@ def test_one_pass_over_dy_where_it_pays():
             assert both.block_c > 4 * problem.R
     assert pick("grad_b", Problem(8192, 4096, 4096, 16, "bfloat16", "bfloat16"), chip).both.block_c == 512
     assert pick("grad_b", Problem(8192, 4096, 4096, 128, "bfloat16", "bfloat16"), chip).both is None
+
+
+@pytest.mark.parametrize("regime", tiles.REGIMES)
+@chips
+def test_rows_that_load_element_by_element_get_smaller_tiles(chip, regime):
+    """In 16-bit types a length that 16 does not divide leaves an address to each element, and large tiles spill."""
+    dtypes = tiles.REGIMES[regime]
+    for N, K, rank in ((4088, 4096, 16), (4096, 4088, 64), (4095, 50257, 512)):
+        odd, even = Problem(8192, N, K, rank, *dtypes), Problem(8192, 4096, 4096, rank, *dtypes)
+        grad_b, gemms = pick("grad_b", odd, chip), [pick(piece, odd, chip) for piece in ("expand", "grad_x")]
+        if regime == "float32":  # four bytes are copied as one
+            assert tiles.one_part(grad_b) == tiles.one_part(pick("grad_b", even, chip))
+            assert gemms == [pick(piece, even, chip) for piece in ("expand", "grad_x")]
+            continue
+        assert K % 16 == 0 or pick("shrink", odd, chip).block_r <= 32
+        assert N % 16 == 0 or (grad_b.both is None and grad_b.ds.block_r <= 32)
+        assert N % 16 or tiles.one_part(grad_b) == tiles.one_part(pick("grad_b", even, chip))
+        assert all(tile.block_m * tile.block_p <= 64 * 64 and tile.num_warps == 8 for tile in gemms)
 
 
 @pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 100, 4096])
