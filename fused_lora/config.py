@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from .dropout import check_p
 from .layer import check_init, lora_scale
 
 ALL_LINEAR = "all-linear"
@@ -60,7 +61,10 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         put = object.__setattr__
         lora_scale(self.r, self.lora_alpha, self.use_rslora)
-        put(self, "lora_dropout", check_p(self.lora_dropout))
+        put(self, "lora_dropout", _probability(self.lora_dropout))
+        for label in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, label), bool):
+                raise TypeError(f"{label} must be True or False, got {getattr(self, label)!r}")
         put(self, "init_lora_weights", check_init(self.init_lora_weights))
         if self.bias not in _BIASES:
             raise ValueError(f"bias must be one of {', '.join(_BIASES)}, got {self.bias!r}")
@@ -71,8 +75,8 @@ class LoRAConfig:
                 "target_modules is empty: give a list of module names such as ['q_proj', 'v_proj'], a regular "
                 "expression, or 'all-linear'"
             )
-        put(self, "rank_pattern", dict(self.rank_pattern))
-        put(self, "alpha_pattern", dict(self.alpha_pattern))
+        put(self, "rank_pattern", _table("rank_pattern", self.rank_pattern))
+        put(self, "alpha_pattern", _table("alpha_pattern", self.alpha_pattern))
         for pattern, r in self.rank_pattern.items():
             _compile("rank_pattern", pattern)
             lora_scale(r, self.lora_alpha, self.use_rslora)
@@ -83,8 +87,9 @@ class LoRAConfig:
 
     def _check_layers(self) -> None:
         layers, patterns = self.layers_to_transform, self.layers_pattern or ()
-        layers = layers if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)
-        patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+        if layers is not None:
+            layers = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+        patterns = tuple(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else (patterns,)
         if patterns and not layers:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, the layers' indices")
         if layers and isinstance(self.target_modules, str):
@@ -154,6 +159,8 @@ def _names_or_regex(label: str, value: str | Iterable[str] | None) -> str | tupl
             return ALL_LINEAR
         _compile(label, value)
         return value
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{label} must be a string or a list of strings, got {value!r}")
     names = tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
     for name in names:
         if not isinstance(name, str) or not name:
@@ -161,7 +168,23 @@ def _names_or_regex(label: str, value: str | Iterable[str] | None) -> str | tupl
     return names
 
 
+def _probability(value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"lora_dropout must be a number in [0, 1], got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"lora_dropout must be in [0, 1], got {value}; 0.0 is no dropout")
+    return float(value)
+
+
+def _table(label: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{label} must be a dict from regular expressions to numbers, got {value!r}")
+    return dict(value or {})
+
+
 def _compile(label: str, pattern: str) -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(f"{label} must hold regular expressions, got {pattern!r}")
     try:
         re.compile(pattern)
     except re.error as error:

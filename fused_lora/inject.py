@@ -67,7 +67,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, *, adapter_dtype: torch.dty
         ``model`` itself. ``print(lora_report(model))`` shows what was done.
 
     Raises:
-        TypeError: ``config`` is not a LoRAConfig.
+        TypeError: ``model`` is not a module, ``config`` not a LoRAConfig, ``adapter_dtype`` not a floating dtype.
         ValueError: nothing is chosen (the message lists near names); a chosen module is of an unsupported type, or is
             hooked, patched or quantised in a way LoRA would lose, or not linear with ``use_dora``; the model holds LoRA
             already, ours, a tasks.Model's or PEFT's; a rank does not go with a convolution's groups.
@@ -255,7 +255,10 @@ def _wrap(module: nn.Module, names: list[str], config: LoRAConfig, adapter_dtype
         return LoRAEmbedding.from_embedding(module, **settings)
     settings["lora_dropout"] = config.lora_dropout
     if convolution is not None:
-        return convolution.from_conv(module, **settings)
+        try:
+            return convolution.from_conv(module, **settings)
+        except ValueError as error:  # a rank that the groups do not divide
+            raise ValueError(f"layer {names[0]!r}: {error}") from None
     return LoRALinear.from_linear(module, use_dora=config.use_dora, **settings)
 
 

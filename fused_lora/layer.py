@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import autocasting
+from .checks import _FLOATS, autocasting
 from .dropout import check_p
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -121,6 +121,8 @@ class LoRALayer(nn.Module):
         self._read_base(base)
         self._shell = (_hollow_copy(base),)
         self.weight, self.bias = base.weight, getattr(base, "bias", None)  # type: ignore[assignment]
+        if adapter_dtype is not None and adapter_dtype not in _FLOATS:
+            raise TypeError(f"adapter_dtype must be one of {', '.join(map(str, _FLOATS))}, got {adapter_dtype!r}")
         device, dtype = self.weight.device, adapter_dtype or default_adapter_dtype(self.weight.dtype)
         shape_a, shape_b = self._factor_shapes()
         self.lora_a = nn.Parameter(torch.empty(shape_a, device=device, dtype=dtype))

@@ -95,7 +95,13 @@ def lora_report(model: nn.Module) -> LoRAReport:
 
 
 def _named(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module with all its names, in order."""
+    """Every module with all its names, in order.
+
+    Raises:
+        TypeError: not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)

@@ -6,7 +6,7 @@ Keys are taken apart at their dots and compared whole, so ``fc1`` and ``fc10``, 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def load_base_state(network: nn.Module, state: Mapping[str, Any], strict: bool) 
 def load_task_state(network: nn.Module, task: str, state: Mapping[str, Any], strict: bool) -> Any:
     """Check everything, then load into the task's layers; returns torch's (missing_keys, unexpected_keys)."""
     expected = task_state(network, task, "", keep_vars=True)
-    outcome = _check(expected, state, strict, f"task {task!r}", _names_of(state, task_layers(network)))
+    outcome = _check(expected, state, strict, f"task {task!r}", _whose(state, expected, network, task))
     for name, layer in task_layers(network):
         keys = {key: _join(name, task, key) for key in layer.own_state(task)}
         values = {key: state[full] for key, full in keys.items() if full in state}
@@ -114,13 +114,14 @@ def _wrapped_key(key: str, paths: frozenset[str]) -> str:
     return key if cut is None else ".".join([*cut[0], "base", *cut[1]])
 
 
-def _names_of(state: Mapping[str, Any], layers: Iterable[tuple[str, TaskLayer]]) -> str:
-    """A hint: whose state dict this looks like, from the keys under the first layer."""
-    name, _ = next(iter(layers))
-    start = _join(name, "")
-    start = f"{start}." if start else ""
-    names = {key[len(start) :].split(".")[0] for key in state if isinstance(key, str) and key.startswith(start)}
-    return f"; its keys are those of {', '.join(map(repr, sorted(names)[:3]))}" if names else ""
+def _whose(state: Any, expected: Mapping[str, Any], network: nn.Module, task: str) -> str:
+    """A hint: the names that stand where ``task`` should, in keys of the first layer that are else expected."""
+    layer, _ = next(task_layers(network))
+    start = f"{layer}." if layer else ""
+    keys = [key for key in state if isinstance(key, str) and key.startswith(start)]
+    found = [key[len(start) :].partition(".") for key in keys]
+    others = sorted({name for name, _, rest in found if name != task and _join(layer, task, rest) in expected})
+    return f"; its keys are those of {', '.join(map(repr, others[:3]))}" if others else ""
 
 
 def _check(expected: Mapping[str, Any], state: Mapping[str, Any], strict: bool, whose: str, hint: str = "") -> Any:

@@ -91,10 +91,7 @@ def make_task(layer: TaskLayer, config: LoRAConfig) -> nn.Module:
     """One task's module for a wrapped layer."""
     base = layer.base
     if not layer.registered:
-        try:
-            return inject._wrap(base, [layer.path], config, None)
-        except ValueError as error:
-            raise ValueError(f"layer {layer.path!r}: {error}") from None
+        return inject._wrap(base, [layer.path], config, None)
     constructor = constructor_of(base)
     if constructor is None:
         raise ValueError(f"layer {layer.path!r}: no wrapper is registered for {type(base).__name__} any more")

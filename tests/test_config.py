@@ -100,6 +100,14 @@ def test_field_names_and_defaults_are_pefts():
         ({"lora_alpha": float("inf")}, ValueError, "lora_alpha must be finite, got inf"),
         ({"lora_alpha": "16"}, TypeError, "lora_alpha must be a number, got str '16'"),
         ({"lora_dropout": -0.1}, ValueError, "must be in [0, 1], got -0.1"),
+        ({"lora_dropout": "a"}, TypeError, "lora_dropout must be a number in [0, 1], got 'a'"),
+        ({"use_rslora": "no"}, TypeError, "use_rslora must be True or False, got 'no'"),
+        ({"use_dora": 1}, TypeError, "use_dora must be True or False, got 1"),
+        ({"target_modules": 5}, TypeError, "target_modules must be a string or a list of strings, got 5"),
+        ({"rank_pattern": ["q"]}, TypeError, "rank_pattern must be a dict from regular expressions to numbers"),
+        ({"alpha_pattern": {1: 2}}, TypeError, "alpha_pattern must hold regular expressions, got 1"),
+        ({"layers_to_transform": 1.5}, ValueError, "layers_to_transform must hold indices from 0, got 1.5"),
+        ({"layers_pattern": 3, "layers_to_transform": 0}, TypeError, "layers_pattern must hold regular expressions"),
         ({"bias": "lora"}, ValueError, "bias must be one of none, all, lora_only, got 'lora'"),
         ({"init_lora_weights": "olora"}, ValueError, "got 'olora'"),
         ({"target_modules": None}, ValueError, "target_modules is empty: give a list"),
@@ -142,3 +150,4 @@ def test_is_frozen_and_independent_of_what_it_was_made_from():
     assert dataclasses.replace(config, r=4).r == 4
     assert LoRAConfig(target_modules="ALL-Linear").target_modules == "all-linear"
     assert LoRAConfig(target_modules={"v", "q"}).target_modules == ("q", "v"), "a set has no order of its own"
+    assert LoRAConfig(target_modules=["q"], rank_pattern=None, alpha_pattern=None).rank_pattern == {}

@@ -9,7 +9,7 @@ from nets import EVERYTHING, assert_unchanged, config, make_net, snapshot
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from fused_lora import apply_lora, lora_layers, remove_lora
+from fused_lora import apply_lora, lora_layers, lora_report, merge_lora, remove_lora
 from fused_lora.tasks import Model
 
 
@@ -67,7 +67,7 @@ class TestRefusals:
             ({"targets": ["norm"]}, "norm cannot get LoRA: it is a LayerNorm. Supported are Linear, Conv1D of trans"),
             ({"targets": ["blocks.1"]}, "blocks.1 cannot get LoRA: it is a Block"),
             ({"targets": [*EVERYTHING, "norm"]}, "leave others out with exclude_modules=['norm']"),
-            ({"rank_pattern": {"conv": 3}, "conv_groups": 2}, "r=3 is not a multiple of groups=2"),
+            ({"rank_pattern": {"conv": 3}, "conv_groups": 2}, "layer 'conv': r=3 is not a multiple of groups=2"),
         ],
     )
     def test_config_that_does_not_fit(self, net, settings, words):
@@ -128,6 +128,18 @@ class TestRefusals:
             apply_lora(nn.Sequential(nn.ReLU()), config("all-linear"))
         with pytest.raises(TypeError, match="config must be a LoRAConfig, got dict"):
             apply_lora(nn.Sequential(nn.Linear(3, 3)), {"r": 8})
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "float32"], ids=str)
+    def test_dtypes_that_factors_cannot_have(self, net, dtype):
+        before = snapshot(net)
+        with pytest.raises(TypeError, match=rf"adapter_dtype must be one of torch\.float64, .* got '?{dtype}"):
+            apply_lora(net, config(), adapter_dtype=dtype)
+        assert_unchanged(net, before)
+
+    @pytest.mark.parametrize("call", [lambda m: apply_lora(m, config()), remove_lora, merge_lora, lora_report])
+    def test_what_is_no_module(self, call):
+        with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
+            call("llama")
 
     def test_entries_without_effect_warn(self, net):
         settings = {"exclude_modules": ["hed"], "rank_pattern": {"dwn": 4}, "alpha_pattern": {"up": 1}}

@@ -80,8 +80,12 @@ def test_a_state_dict_of_something_else_is_refused():
         model.load_state_dict(model.state_dict(task="b"), task="a")
     with pytest.raises(ValueError, match=r"not a state dict of the base network.*missing: embed.weight"):
         model.load_state_dict(model.state_dict(task="b"))
-    with pytest.raises(ValueError, match="extra"):
+    with pytest.raises(ValueError, match=r"not a state dict of task 'a'; nothing was loaded;.* extra"):
         model.load_state_dict(model.state_dict(), task="a")
+    damaged = model.state_dict(task="a") | {"more": torch.ones(1)}
+    del damaged["fc1.a.lora_a"]
+    with pytest.raises(ValueError, match=r"task 'a'; nothing was loaded; 1 missing: fc1.a.lora_a; 1 extra: more"):
+        model.load_state_dict(damaged, task="a")
     with pytest.raises(ValueError, match=r"embed.a.lora_a has shape \(2, 20\) instead of \(4, 20\)"):
         model.load_state_dict(Model(make_net(), r=2).add_task("a").state_dict(task="a"), task="a")
     with pytest.raises(TypeError, match="must be a mapping"):
