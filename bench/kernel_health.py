@@ -38,6 +38,7 @@ from pathlib import Path
 import kernel_loops
 import torch
 import triton
+from kernel_sections import sections, summary
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
@@ -58,6 +59,7 @@ M, N, K = 8192, 4096, 4096
 ODD = 4088  # as good as any length that 16 does not divide: Triton compiles one kernel for all of them
 ODD_ARCHS = ("80", "90")
 KIND = "fused-lora kernel health"
+__all__ = ["KIND", "main", "sections", "summary"]
 
 
 @dataclass(frozen=True)
@@ -312,52 +314,6 @@ def loop_of(text: str) -> tuple[int, int, int, int]:
     loop: Counter[str] = kernel_loops.main_loop(text)
     kinds = (kernel_loops.TENSOR, kernel_loops.COPY, kernel_loops.BULK_COPY)
     return loop.total(), *(kernel_loops.count(loop, kind) for kind in kinds)
-
-
-def named(content: dict) -> list[dict]:
-    """The rows of the JSON by column, chips by their full name."""
-    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
-    return [row | {"arch": row["arch"] if row["arch"].startswith("gfx") else f"sm_{row['arch']}"} for row in rows]
-
-
-def sections(content: dict, name: str) -> list[str]:
-    """The JSON as Markdown: what compiled for each chip, and the main loops beside the plain GEMM's."""
-    rows = named(content)
-    lines = [f"### What the kernels compile to (`{name}`)", ""]
-    lines += ["| chip | kernels | registers, most | bytes spilled | shared memory, most / limit | serialized wgmma |"
-              " without tensor cores (float32) | breaches |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for arch, group in itertools.groupby(rows, lambda row: row["arch"]):
-        its = list(group)
-        most, spilled = (max(row["registers"] for row in its), sum(row["spilled_bytes"] for row in its))
-        shared, limit = max((row["shared_bytes"], row["shared_limit"]) for row in its)
-        bare = sum(not row["loop_tensor"] and row["kernel"] != "_reduce_kernel" for row in its)
-        serialized, breached = sum(row["serialized"] for row in its), sum(bool(row["breaches"]) for row in its)
-        cells = [arch, len(its), most, spilled, f"{shared} / {limit}", serialized, bare, breached]
-        lines += [f"| {' | '.join(map(str, cells))} |"]
-    compared = [row for row in rows if row["sass_loop"] is not None]
-    if compared:
-        lines += ["", f"### Main loop of expand and grad_x beside the plain GEMM of the same tile (`{name}`)", ""]
-        lines += ["Machine instructions per step; what is more is address and register bookkeeping.",
-                  "", "| piece | kernel | regime | N x K | tile | mask | fused | plain | tensor-core | copies |",
-                  "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-        for row in compared:
-            kernel, mask = row["kernel"].strip("_").removesuffix("_kernel"), "yes" if row["dropout"] else "no"
-            cells = [row["piece"], kernel, row["regime"], f"{row['N']} x {row['K']}", row["tile"], mask]
-            cells += [row[name] for name in ("sass_loop", "sass_plain_loop", "loop_tensor", "loop_copies")]
-            lines += [f"| {' | '.join(map(str, cells))} |"]
-    return [*lines, ""]
-
-
-def summary(content: dict, name: str) -> tuple[str, str]:
-    """(what was compiled, what came of it) for the README."""
-    rows = named(content)
-    chips = ", ".join(dict.fromkeys(row["arch"] for row in rows))
-    spilled, serialized = (sum(row[name] for row in rows) for name in ("spilled_bytes", "serialized"))
-    found = (
-        f"{spilled} bytes spilled, {serialized} with serialized wgmma, {sum(map(bool, (r['breaches'] for r in rows)))}"
-    )
-    what = f"what every kernel compiles to with triton {content['triton']}: {chips}"
-    return what, f"{len(rows)} kernels: {found} with a breach"
 
 
 def write(path: Path, rows: list[list[object]]) -> None:
