@@ -221,6 +221,8 @@ def _shrink_tile(problem: Problem, chip: Chip, columns: int) -> SkinnyTile:
         widest = _widest_rank(regime, chip)
         r = _rank_block(rank, widest if problem.vectors(columns) else max(widest // 2, 16))
         tile = SkinnyTile(64, 64, r, 4, 2) if chip.hip else SkinnyTile(128, 64, r, 8, 4 if r <= 32 else 3)
+        if regime == "mixed float16" and not problem.vectors(columns) and not (chip.hip or chip.warp_groups):
+            tile = replace(tile, block_m=64)  # 128 rows: 180 bytes spilled with a mask (sm_80)
     blocks = cdiv(problem.M, tile.block_m) * cdiv(rank, tile.block_r)
     return _finish(tile, "shrink", blocks, cdiv(columns, 4 * tile.block_c), problem, chip)
 
