@@ -314,8 +314,15 @@ class LoRALayer(nn.Module):
     def _lora_forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The base layer plus the LoRA branch; the base layer alone where ``enabled`` is False."""
+    def forward(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
+        """The base layer plus the LoRA branch; the base layer alone where ``enabled`` is False.
+
+        ``input`` is another name for x: torch's own, for code that calls its layers so.
+        """
+        if x is None:
+            if input is None:
+                raise TypeError("a LoRA layer needs x, the input of its base layer, got None")
+            x = input
         if not self._enabled:
             return self._base_forward(x, self.weight)
         if self._merged_weight is not None:

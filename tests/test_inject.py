@@ -287,6 +287,22 @@ class TestSurroundings:
         assert_unchanged(net, before)
         assert torch.equal(net(x, src_key_padding_mask=padding), wanted)
 
+    @pytest.mark.parametrize(
+        ("layer", "x"),
+        [
+            (nn.Linear(3, 4), torch.ones(2, 3)),
+            (nn.Embedding(5, 4), torch.tensor([1, 4])),
+            (nn.Conv1d(3, 4, 2), torch.ones(2, 3, 5)),
+        ],
+        ids=["linear", "embedding", "conv"],
+    )
+    def test_a_layer_called_by_torchs_name_for_x(self, layer, x):
+        net = apply_lora(nn.Sequential(copy.deepcopy(layer)), config(["0"], init_lora_weights=False))
+        assert torch.equal(net[0](input=x), net[0](x))
+        assert not torch.equal(net[0](input=x), layer(x))
+        with pytest.raises(TypeError, match="needs x"):
+            net[0]()
+
     def test_compiled_model(self, net):
         compiled = torch.compile(net, backend="eager")
         apply_lora(compiled, config(["up", "down"]))
