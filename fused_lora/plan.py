@@ -296,6 +296,12 @@ def _as_measured(facts: Facts, entry: tuned.Entry) -> str:
     return f"{entry.gain:.2f} x as fast as the rule on {table.chip} at {at} ({table.source})"
 
 
+def _vectors(facts: Facts, *lengths: int) -> list[bool]:
+    """Whether rows of each length load as vectors: of those that do not, large tiles spill registers."""
+    problem = _problem(facts)
+    return [problem.vectors(length) for length in lengths]
+
+
 def _usable(facts: Facts, entry: tuned.Entry, reasons: list[str]) -> bool:
     """Whether the plan may follow an entry; says in ``reasons`` what was measured, or why it is ignored."""
     piece, form = entry.piece, entry.form
@@ -304,6 +310,8 @@ def _usable(facts: Facts, entry: tuned.Entry, reasons: list[str]) -> bool:
         refusal = f"{piece} has no such form"
     elif form == "descriptor":
         refusal = _descriptor_refusal(facts)
+    elif entry.tile is not None and _vectors(facts, facts.N, facts.K) != _vectors(facts, entry.N, entry.K):
+        refusal = f"its tile is for N {entry.N}, K {entry.K}; 16-bit rows that 16 does not divide load one by one"
     if not refusal and entry.tile is not None:
         refusal = tuned.tile_refusal(piece, form, entry.tile, _problem(facts), _chip(facts))
     if refusal:

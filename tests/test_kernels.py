@@ -233,9 +233,9 @@ def test_gemm_descriptor_refuses_what_it_cannot_address():
         layer.ours("expand", replace(SMALL_GEMM, form="descriptor", programs=3))
 
 
-@rotating("", [()], [(65, 130, 200, 17)])
+@rotating("", [()], [(65, 130, 200, 17), (65, 144, 208, 9)])
 def test_picked_tiles(shape, regime):
-    """The tiles of a small H100, as they ship, splits included."""
+    """The tiles of a small H100, as they ship, splits included: for any N and K, and for multiples of 16."""
     sizes = shape
     problem, chip = Problem(*sizes, *regime), Chip(8, (9, 0))
     picked = {

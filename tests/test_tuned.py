@@ -99,6 +99,7 @@ def test_a_forced_form_beats_the_table_and_takes_its_tile_only_in_that_form():
         (entry(tile=replace(DESCRIPTOR, num_stages=9)), {}, "bytes of shared memory, the chip has 232448"),
         (entry("shrink", "triton", replace(SKINNY, num_stages=40)), {}, "bytes of shared memory"),
         (entry("grad_b", "triton", SKINNY), {}, "is no tile of grad_b"),
+        (entry("shrink", "triton", SKINNY), {"K": 4088}, "16-bit rows that 16 does not divide load one by one"),
     ],
     ids=lambda value: f"{value.piece}-{value.form}" if isinstance(value, Entry) else None,
 )
