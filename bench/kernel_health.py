@@ -329,6 +329,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="80,90,100", help=f"comma-separated, of {', '.join(CHIPS)}; or all")
     parser.add_argument("--regime", default=",".join(tiles.REGIMES), help="comma-separated dtypes of layer and adapter")
+    parser.add_argument("--sizes", default="", help="only these N x K, comma-separated: 4096x4096,4088x4096")
     parser.add_argument("--kernel", default="", help="only pieces and kernels whose name contains this")
     parser.add_argument("--quick", action="store_true", help="bf16 and mixed bf16, ranks up to 16")
     parser.add_argument("--output", type=Path, help="write a JSON of all of it")
@@ -337,6 +338,8 @@ def main(argv: list[str] | None = None) -> int:
     regimes = ["bfloat16", "mixed bfloat16"] if options.quick else options.regime.split(",")
     archs = list(CHIPS) if options.arch == "all" else options.arch.split(",")
     chosen = list(cases(archs, regimes, 16 if options.quick else 64))
+    if options.sizes:
+        chosen = [case for case in chosen if f"{case.n}x{case.k}" in options.sizes.split(",")]
     if options.kernel in {case.piece for case in chosen}:
         chosen = [case for case in chosen if case.piece == options.kernel]
 

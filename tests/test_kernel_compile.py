@@ -27,7 +27,8 @@ def kernel_health(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_every_shipped_tile_compiles_clean(arch, tmp_path):
     output = tmp_path / "health.json"
-    result = kernel_health("--arch", arch, "--regime", "bfloat16,mixed bfloat16,float32", "--output", str(output))
+    regimes = "bfloat16,mixed bfloat16,float32"
+    result = kernel_health("--arch", arch, "--regime", regimes, "--sizes", "4096x4096", "--output", str(output))
     assert result.returncode == 0, result.stdout + result.stderr
     assert " 0 with a breach" in result.stdout
     kernels = ("_shrink", "_outer", "_both", "_reduce", "_lowrank", "_gemm") + ("_gemm_descriptor",) * (arch != "80")
@@ -39,6 +40,14 @@ def test_every_shipped_tile_compiles_clean(arch, tmp_path):
     compared = {(row["piece"], row["kernel"]) for row in rows if row["sass_plain_loop"]}
     gemms = {(piece, f"_gemm{form}_kernel") for piece in ("expand", "grad_x") for form in ("", "_descriptor")}
     assert compared == (gemms if arch == "90" else set())
+
+
+def test_rows_that_load_element_by_element_do_not_spill():
+    """N and K that 16 does not divide, in the tiles that are picked for them."""
+    result = kernel_health("--arch", "80,90", "--regime", "bfloat16", "--sizes", "4088x4088")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " 0 with a breach" in result.stdout
+    assert {line.split()[0] for line in result.stdout.splitlines() if " 4088x4088 " in line} == {"80", "90"}
 
 
 def test_breaches_are_found():
