@@ -139,7 +139,7 @@ def _obstacle(layer: Any, in_attention: bool) -> str:
     if type(layer) not in (_lora().Linear, fused):
         if any(base.__name__ == "FSDPModule" for base in type(layer).__mro__) and isinstance(layer, _lora().Linear):
             return "" if isinstance(layer, fused) else SHARDED
-        return f"only lora.Linear is fused, and this is a {type(layer).__name__}"
+        return f"only lora.Linear is fused, and its type is {type(layer).__name__}"
     own = layer.__dict__.get("forward")
     if own is None:
         return ""
