@@ -17,7 +17,6 @@ The function, all in 32-bit unsigned arithmetic::
 from __future__ import annotations
 
 import functools
-import threading
 
 import torch
 from torch import Tensor
@@ -158,26 +157,6 @@ def part(t: Tensor, start: int, stop: int) -> Tensor:
     return t if stop - start == t.shape[0] else t[start:stop]
 
 
-_kept = threading.local()
-_MOST_KEPT = 1 << 20  # elements of each of the two blocks, 4 MiB
-
-
-def _scratch(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two int32 tensors of ``size`` elements, not initialised.
-
-    On a CPU a thread's masks use the same two after each other, since the pages of fresh memory cost more than the
-    operators that fill them; a mask is finished with a block before the next one asks.
-    """
-    if device.type != "cpu" or size > _MOST_KEPT:
-        return torch.empty(size, dtype=torch.int32, device=device), torch.empty(size, dtype=torch.int32, device=device)
-    pair = getattr(_kept, "pair", None)
-    if pair is None or pair[0].numel() < size:
-        with torch.inference_mode(False):  # else they could not be written outside that mode
-            pair = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.int32)
-        _kept.pair = pair
-    return pair[0][:size], pair[1][:size]
-
-
 class BlockMask:
     """The mask of one call, applied to blocks of rows without ever existing whole (the ``torch`` strategy).
 
@@ -197,12 +176,12 @@ class BlockMask:
     def bits(self, start: int, rows: int) -> Tensor:
         """int32 (rows, cols) for rows start..: -1 (all bits set) where an element is kept, 0 where it is dropped.
 
-        Lives in the scratch: the next call, of any mask of this thread, overwrites it.
+        Lives in the scratch: the next call overwrites it.
         """
         if self._scratch is None or self._scratch[0].shape[0] < rows:
-            cols = self._column_words.shape[0]
-            first, second = _scratch(rows * cols, self._column_words.device)
-            self._scratch = first.view(rows, cols), second.view(rows, cols)
+            # Made for each call: memory that the layers before have just freed is warmer than any that is kept.
+            first = torch.empty(rows, self._column_words.shape[0], dtype=torch.int32, device=self._column_words.device)
+            self._scratch = (first, torch.empty_like(first))
         first, second = self._scratch
         h, scratch = part(first, 0, rows), part(second, 0, rows)
         r0, r1 = self._row_keys
