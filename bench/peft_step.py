@@ -282,7 +282,7 @@ def summary(content: dict, name: str) -> tuple[str, str]:
     """The two cells of the README's row."""
     what = "a patched PEFT model beside PEFT: training step of a small Llama, bytes kept by q, k and v over one x"
     default = {cell["dropout"]: cell for cell in content["kept"] if cell["regime"] == "R1"}
-    sizes = ", ".join(f"{c['fused']:.2f} to {c['peft']:.2f} at dropout {p:g}" for p, c in default.items())
+    sizes = ", ".join(f"{c['fused']:.2f} against {c['peft']:.2f} at dropout {p:g}" for p, c in default.items())
     times = [
         f"{cell['vs_peft']['median']:.3f} at dropout {cell['dropout']:g}"
         for cell in content["cells"]
