@@ -9,7 +9,7 @@ s = drop(x) aᵀ (M, R)   ds = scale · dy b (M, R)         both in the accumula
 Three forms of the big product. On a GPU the vendor's GEMM accumulates onto the low-rank product (beta = 1). On a CPU
 that multiplies the dtype the frozen product comes first and a rank-wide update is added to it, which costs less there
 than a large product that has to read its output. On a CPU without bfloat16/float16 arithmetic ("upcast") the operands
-become float32 block by block: torch's own fallback there is many times slower (README, "Measured"), and the result is
+become float32 block by block: torch's own fallback there is many times slower, and the result is
 rounded once.
 """
 
