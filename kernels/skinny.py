@@ -56,8 +56,10 @@ def _shrink_kernel(
         f = tl.load(f_ranks + cols_wide[:, None] * stride_fc, mask_r & (cols[:, None] < C), 0.0)  # (BLOCK_C, BLOCK_R)
         if seed_ptr is not None:
             t = tl.where(keep_mask(key0, key1, rows[:, None], cols[None, :], threshold), t, 0.0)
+        if seed_ptr is not None and PRECISION != "split":
             # Added outside the dot, which so ends within its step: left in flight, its operand's registers are those of
             # the next step's mask, and ptxas serializes wgmma (C7515; triton 3.6.0). fma: acc + dot is folded back.
+            # Not split: its three dots do not need it, and ptxas spilled 8 bytes of it (sm_120, triton 3.7.1).
             step = dot(t, f, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION)
             acc = tl.fma(step, tl.full((BLOCK_M, BLOCK_R), 1.0, tl.float32), acc)
         else:
