@@ -4,14 +4,18 @@ M rows of x, K columns (in_features). Nothing M x K is ever stored: forward, dx 
 mask again from the seed. ``kernels/device.py`` holds the same arithmetic for the GPU; a test compares
 the two bit for bit. Why these rounds are enough, and how it was tested: ``docs/numerics.md``.
 
-The function, all in 32-bit unsigned arithmetic::
+The function, all in 32-bit unsigned arithmetic; eight rows share a group, g = row // 8, j = row % 8::
 
     key0, key1 = seed words, mixed                         once per call
-    r0 = mix(row ^ key0)      r1 = mix(r0 + key1) | 1       once per row
-    h  = col * GOLDEN + r0
-    h  = (h ^ h >> 16) * r1
-    h  = (h ^ h >> 15) * MIX2                               once per element
+    r0 = mix(g ^ key0)        r1 = mix(r0 + key1) | 1       once per group of rows
+    u  = col * GOLDEN + r0
+    u  = (u ^ u >> 16) * r1
+    u  =  u ^ u >> 15                                       once per group and column
+    h  = u * MIX2 * STEP**j                                 once per element
     keep = h > threshold(p)                                 as signed 32-bit integers
+
+The eight rows of a group are eight successive values of a congruential generator that starts at u: of the hash, an
+element of its own pays one product, which is what a CPU is short of.
 """
 
 from __future__ import annotations
@@ -24,9 +28,13 @@ from torch import Tensor
 GOLDEN = 0x9E3779B1  # odd, 2**32 / golden ratio: neighbouring columns start far apart
 MIX1 = 0x7FEB352D  # the multipliers of Wellons' lowbias32 integer hash
 MIX2 = 0x846CA68B
+# L'Ecuyer, Tables of linear congruential generators of different sizes and good lattice structure (1999), modulus 2**32.
+STEP = 1597334677
+GROUP = 8
+_FACTORS = tuple(MIX2 * STEP**j % 2**32 for j in range(GROUP))
 _WORD = 0xFFFFFFFF
-# Up to here Python's integers make the words of the rows faster than thirty operators on tiny tensors do.
-_FEW_ROWS = 16
+# Up to here Python's integers make the words of the groups faster than thirty operators on tiny tensors do.
+_FEW_GROUPS = 16
 
 
 def check_p(p: float) -> float:
@@ -91,18 +99,23 @@ def _mix_(h: Tensor) -> Tensor:
     return h.bitwise_xor_(torch.bitwise_right_shift(h, 16, out=carry))
 
 
-def _row_keys(seed: int | Tensor, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The two words of every row, (r0, r1), int32 of shape (rows, 1)."""
+def _signed(word: int) -> int:
+    """The 32-bit word as a signed integer of the same bits."""
+    return word - ((word & 2**31) << 1)
+
+
+def _group_keys(seed: int | Tensor, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The two words of every group of rows, (r0, r1), int32 of shape (groups, 1)."""
     lo, hi = seed & _WORD, (seed >> 32) & _WORD
     key0 = _mix(lo ^ _mix(hi ^ GOLDEN))
     key1 = _mix(key0 ^ hi)
-    if rows <= _FEW_ROWS and isinstance(key0, int) and isinstance(rows, int):
-        words = [(first := _mix(row ^ key0), _mix((first + key1) & _WORD) | 1) for row in range(rows)]
-        signed = [[word - ((word & 2**31) << 1) for word in row] for row in words]
-        r0, r1 = torch.tensor(signed, dtype=torch.int32, device=device).reshape(rows, 2).split(1, dim=1)
+    if isinstance(key0, int) and isinstance(groups, int) and groups <= _FEW_GROUPS:
+        words = [(first := _mix(group ^ key0), _mix((first + key1) & _WORD) | 1) for group in range(groups)]
+        signed = [[_signed(word) for word in pair] for pair in words]
+        r0, r1 = torch.tensor(signed, dtype=torch.int32, device=device).reshape(groups, 2).split(1, dim=1)
         return r0, r1
-    row = torch.arange(rows, dtype=torch.int64, device=device)
-    r0 = _mix_(row.bitwise_xor_(key0))
+    group = torch.arange(groups, dtype=torch.int64, device=device)
+    r0 = _mix_(group.bitwise_xor_(key0))
     r1 = _mix_((r0 + key1).bitwise_and_(_WORD)).bitwise_or_(1)
     return r0.to(torch.int32)[:, None], r1.to(torch.int32)[:, None]
 
@@ -112,21 +125,26 @@ def _column_words(cols: int, device: torch.device) -> Tensor:
     return (torch.arange(cols, dtype=torch.int64, device=device) * GOLDEN).to(torch.int32)
 
 
+def _row_factors(device: torch.device) -> Tensor:
+    """MIX2 * STEP**j for the rows j of a group, int32 of shape (GROUP, 1)."""
+    return torch.tensor([[_signed(word)] for word in _FACTORS], dtype=torch.int32, device=device)
+
+
 @functools.lru_cache(maxsize=32)
-def _cpu_column_words(cols: int) -> Tensor:
-    """:func:`_column_words` on the CPU, kept from call to call: models have few widths. Never written to."""
-    return _column_words(cols, torch.device("cpu"))
+def _cpu_constants(cols: int) -> tuple[Tensor, Tensor]:
+    """(:func:`_column_words`, :func:`_row_factors`) on the CPU, kept from call to call: models have few widths. Never
+    written to."""
+    device = torch.device("cpu")
+    return _column_words(cols, device), _row_factors(device)
 
 
-def _hash(words: Tensor, r0: Tensor, r1: Tensor, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
-    """The per-element hash, int32 of shape (rows, cols). ``>>`` on int32 copies the sign, hence the masks after it."""
-    h = torch.add(words, r0, out=out)
-    for shift, factor in ((16, r1), (15, MIX2 - 2**32)):
-        carry = torch.bitwise_right_shift(h, shift, out=scratch)
-        carry &= (1 << (32 - shift)) - 1
-        h ^= carry
-        h *= factor
-    return h
+def _hash(columns: Tensor, r0: Tensor, r1: Tensor, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
+    """u, int32 of shape (groups, cols). ``>>`` on int32 copies the sign, hence the masks after it."""
+    u = torch.add(columns, r0, out=out)
+    carry = torch.bitwise_right_shift(u, 16, out=scratch)
+    u.bitwise_xor_(carry.bitwise_and_(0xFFFF)).mul_(r1)
+    carry = torch.bitwise_right_shift(u, 15, out=scratch)
+    return u.bitwise_xor_(carry.bitwise_and_(0x1FFFF))
 
 
 def keep_mask(seed: int | Tensor, rows: int, cols: int, p: float, device: torch.device | str | None = None) -> Tensor:
@@ -148,7 +166,8 @@ def keep_mask(seed: int | Tensor, rows: int, cols: int, p: float, device: torch.
     p = check_p(p)
     if p == 0.0:
         return torch.ones(rows, cols, dtype=torch.bool, device=device)
-    h = _hash(_column_words(cols, device), *_row_keys(as_seed(seed, device), rows, device))
+    u = _hash(_column_words(cols, device), *_group_keys(as_seed(seed, device), -(-rows // GROUP), device))
+    h = (u[:, None] * _row_factors(device)).flatten(0, 1)[:rows]
     return h > threshold(p)
 
 
@@ -160,56 +179,83 @@ def part(t: Tensor, start: int, stop: int) -> Tensor:
 class BlockMask:
     """The mask of one call, applied to blocks of rows without ever existing whole (the ``torch`` strategy).
 
-    A block of int32 scratch is reused from block to block, so the temporary memory does not grow with M.
+    The scratch of a block is reused from block to block, so the temporary memory does not grow with M.
     """
 
     def __init__(self, seed: Tensor, rows: int, cols: int, p: float):
-        device = seed.device
+        self._device = device = seed.device
         # Python integers cost less than 0-d tensors; reading a GPU's seed would synchronise.
         words = int(seed) if device.type == "cpu" else seed
-        self._row_keys = _row_keys(words, rows, device)
-        self._column_words = _cpu_column_words(cols) if device.type == "cpu" else _column_words(cols, device)
+        self._keys = _group_keys(words, -(-rows // GROUP), device)
+        if device.type == "cpu":
+            self._columns, self._factors = _cpu_constants(cols)
+        else:
+            self._columns, self._factors = _column_words(cols, device), _row_factors(device)
         self._threshold = threshold(p)
         self._scratch: tuple[Tensor, Tensor] | None = None
+        self._flags: Tensor | None = None
         self.scale = keep_scale(p)
 
-    def bits(self, start: int, rows: int) -> Tensor:
-        """int32 (rows, cols) for rows start..: -1 (all bits set) where an element is kept, 0 where it is dropped.
+    def hashes(self, start: int, rows: int) -> Tensor:
+        """h, int32 (rows, cols), of the rows start..: what :meth:`zero_dropped` takes.
 
         Lives in the scratch: the next call overwrites it.
         """
+        self._flags = None
+        first, skip = divmod(start, GROUP)
+        groups = -(-(skip + rows) // GROUP)
+        own, spare = self._blocks(groups * GROUP)
+        # u and its carry lie where the caller's scratch will be: they are done with when h is there.
+        u, carry = part(spare, 0, groups), part(spare, groups, 2 * groups)
+        r0, r1 = self._keys
+        _hash(self._columns, part(r0, first, first + groups), part(r1, first, first + groups), out=u, scratch=carry)
+        if groups == 1:  # a few rows: theirs alone
+            return torch.mul(u, self._factors[skip : skip + rows], out=part(own, 0, rows))
+        torch.mul(u[:, None], self._factors, out=part(own, 0, groups * GROUP).view(groups, GROUP, own.shape[1]))
+        return part(own, skip, skip + rows)
+
+    def _blocks(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Two int32 blocks of at least ``rows`` rows: for h, and for the caller."""
         if self._scratch is None or self._scratch[0].shape[0] < rows:
             # Made for each call: memory that the layers before have just freed is warmer than any that is kept.
-            first = torch.empty(rows, self._column_words.shape[0], dtype=torch.int32, device=self._column_words.device)
-            self._scratch = (first, torch.empty_like(first))
-        first, second = self._scratch
-        h, scratch = part(first, 0, rows), part(second, 0, rows)
-        r0, r1 = self._row_keys
-        r0, r1 = part(r0, start, start + rows), part(r1, start, start + rows)
-        _hash(self._column_words, r0, r1, out=h, scratch=scratch)
-        # Comparing into int32 (1 or 0, then negated) is vectorised on a CPU, into bool it is not.
-        return torch.gt(h, self._threshold, out=scratch).neg_()
+            own = torch.empty(rows, self._columns.shape[0], dtype=torch.int32, device=self._device)
+            self._scratch = (own, torch.empty_like(own))
+        return self._scratch
 
-    def spare(self, bits: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Memory of the shape of ``bits`` in ``dtype`` that is free until the next call of :meth:`bits`, or None.
+    def spare(self, hashes: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Memory of the shape of ``hashes`` in ``dtype`` that is free until the next call of :meth:`hashes`, or None.
 
         Fresh memory costs a CPU more than the operator that fills it.
         """
         if self._scratch is None or dtype.itemsize > 4:
             return None
-        return self._scratch[0].view(-1).view(dtype)[: bits.numel()].view(bits.shape)
+        if dtype.itemsize == 4:  # the flags lie there
+            self._flags = None
+        return self._scratch[1].view(-1).view(dtype)[: hashes.numel()].view(hashes.shape)
+
+    def zero_dropped(self, block: Tensor, hashes: Tensor, out: Tensor | None = None) -> Tensor:
+        """``block`` (contiguous) with its dropped elements 0; survivors unscaled. ``out``: where to, also ``block``.
+
+        Words are zeroed, not numbers multiplied: a dropped Inf or NaN becomes 0 as well.
+        """
+        size = block.element_size()
+        words = block.view(_WORD_OF_SIZE[size])
+        target = torch.empty_like(words) if out is None else out.view(words.dtype)
+        if size == 4:  # one pass: the words where h > threshold, else 0
+            torch.ops.aten.threshold_backward.grad_input(words, hashes, self._threshold, grad_input=target)
+        else:
+            torch.mul(words, self._kept(hashes, words.dtype), out=target)
+        return target.view(block.dtype)
+
+    def _kept(self, hashes: Tensor, dtype: torch.dtype) -> Tensor:
+        """1 where an element is kept, else 0; of two bytes: in the half of the spare block that :meth:`spare` leaves."""
+        if self._scratch is None or dtype.itemsize > 2:
+            return (hashes > self._threshold).to(dtype)
+        if self._flags is None:
+            memory = self._scratch[1].view(-1).view(dtype)
+            self._flags = memory[memory.numel() - hashes.numel() :].view(hashes.shape)
+            torch.gt(hashes, self._threshold, out=self._flags)
+        return self._flags
 
 
 _WORD_OF_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-
-
-def zero_dropped(block: Tensor, bits: Tensor, *, in_place: bool = False, out: Tensor | None = None) -> Tensor:
-    """``block`` (contiguous) with the elements whose ``bits`` are 0 set to 0; survivors unscaled.
-
-    Bits are ANDed instead of multiplied: it is faster, and a dropped Inf or NaN becomes 0. ``out``: where to, in the
-    dtype of ``block``.
-    """
-    word = _WORD_OF_SIZE[block.element_size()]
-    words, bits = block.view(word), bits if bits.dtype == word else bits.to(word)
-    target = words if in_place else None if out is None else out.view(word)
-    return torch.bitwise_and(words, bits, out=target).view(block.dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import pieces
-from .dropout import keep_mask, keep_scale, zero_dropped
+from .dropout import keep_mask, keep_scale
 from .plan import Plan, plan_for
 from .vendor import acc_dtype
 
@@ -115,8 +115,8 @@ def _add_dropped(
         for part, a, mask in zip(parts, wide, masks, strict=True):
             lowrank = torch.mm(part[i : i + step], a)
             if mask is not None:
-                bits = mask.blocks.bits(i, len(block))
-                lowrank = zero_dropped(lowrank, bits, in_place=True).mul_(mask.blocks.scale)
+                hashes = mask.blocks.hashes(i, len(block))
+                lowrank = mask.blocks.zero_dropped(lowrank, hashes, out=lowrank).mul_(mask.blocks.scale)
             total = total + lowrank
         block.copy_(total)
 

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import BlockMask, part, zero_dropped
+from .dropout import GROUP, BlockMask, part
 
 # Elements in a block of rows that is masked or cast. On a CPU the block and its scratch stay in the caches; on a GPU
 # fewer, larger launches matter more than cache.
-_CPU_BLOCK = 1 << 20
+_CPU_BLOCK = 1 << 19
 _GPU_BLOCK = 1 << 24
 # Elements of a float32 block in the upcast GEMMs: 64 MiB of rows, 16 MiB of weight. Bounds the temporary memory.
 _UPCAST_ROWS = 1 << 24
@@ -68,16 +68,17 @@ def _blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
 
 def _row_blocks(t: Tensor) -> Iterator[tuple[int, int]]:
     elements = _CPU_BLOCK if t.device.type == "cpu" else _GPU_BLOCK
-    return _blocks(t.shape[0], max(elements // max(t.shape[1], 1), 16))
+    rows = elements // max(t.shape[1], 1)
+    return _blocks(t.shape[0], max(rows - rows % GROUP, 2 * GROUP))  # whole groups: the mask hashes no row for nothing
 
 
-def _dropped(x: Tensor, i: int, j: int, mask: BlockMask, bits: Tensor, acc: torch.dtype) -> Tensor:
+def _dropped(x: Tensor, i: int, j: int, mask: BlockMask, hashes: Tensor, acc: torch.dtype) -> Tensor:
     """Rows i..j of x in ``acc`` with the dropped elements zero; the rank-wide side carries 1/(1-p)."""
-    block, free = part(x, i, j), mask.spare(bits, acc)
+    block, free = part(x, i, j), mask.spare(hashes, acc)
     if block.dtype == acc:
-        return zero_dropped(block.contiguous(), bits, out=free)
+        return mask.zero_dropped(block.contiguous(), hashes, out=free)
     block = block.to(acc).contiguous() if free is None else free.copy_(block)
-    return zero_dropped(block, bits, in_place=True)
+    return mask.zero_dropped(block, hashes, out=block)
 
 
 def shrink(x: Tensor, a: Tensor, mask: BlockMask | None, upcast: bool) -> Tensor:
@@ -92,7 +93,7 @@ def shrink(x: Tensor, a: Tensor, mask: BlockMask | None, upcast: bool) -> Tensor
         return _in(torch.mm(_in(x, work), a_t), acc)
     s = x.new_empty(x.shape[0], a.shape[0], dtype=acc)
     for i, j in _row_blocks(x):
-        block = _in(part(x, i, j), work) if mask is None else _dropped(x, i, j, mask, mask.bits(i, j - i), work)
+        block = _in(part(x, i, j), work) if mask is None else _dropped(x, i, j, mask, mask.hashes(i, j - i), work)
         if work == acc:
             torch.mm(block, a_t, out=part(s, i, j))
         else:
@@ -294,16 +295,15 @@ def _add_lowrank(
         dx.addmm_(left, right)
         return
     for i, j in _row_blocks(dx):
-        bits = mask.bits(start + i, j - i)
-        own = bits.to(torch.int16) if left.dtype.itemsize == 2 else bits
-        lowrank = torch.mm(part(left, i, j), right, out=mask.spare(bits, left.dtype))
-        part(dx, i, j).add_(zero_dropped(lowrank, own, in_place=True))
+        hashes = mask.hashes(start + i, j - i)
+        lowrank = torch.mm(part(left, i, j), right, out=mask.spare(hashes, left.dtype))
+        part(dx, i, j).add_(mask.zero_dropped(lowrank, hashes, out=lowrank))
         if x is None or da is None:
             continue
         if x.dtype == a.dtype == left.dtype != da.dtype:
-            da += torch.mm(part(left, i, j).t(), _dropped(x, start + i, start + j, mask, own, x.dtype))
+            da += torch.mm(part(left, i, j).t(), _dropped(x, start + i, start + j, mask, hashes, x.dtype))
         else:
-            da.addmm_(part(t, i, j).t(), _dropped(x, start + i, start + j, mask, bits, da.dtype))
+            da.addmm_(part(t, i, j).t(), _dropped(x, start + i, start + j, mask, hashes, da.dtype))
 
 
 def _grad_x_upcast(
@@ -338,6 +338,6 @@ def grad_a(x: Tensor, ds: Tensor, mask: BlockMask | None, dtype: torch.dtype, up
     t = ds if mask is None else ds * mask.scale
     da = torch.zeros(ds.shape[1], x.shape[1], dtype=acc, device=x.device)
     for i, j in _row_blocks(x):
-        block = _in(part(x, i, j), acc) if mask is None else _dropped(x, i, j, mask, mask.bits(i, j - i), acc)
+        block = _in(part(x, i, j), acc) if mask is None else _dropped(x, i, j, mask, mask.hashes(i, j - i), acc)
         da.addmm_(part(t, i, j).t(), block)
     return _in(da, dtype)

@@ -18,6 +18,9 @@ HIP = torch.version.hip is not None
 GOLDEN = tl.constexpr(0x9E3779B1)
 MIX1 = tl.constexpr(0x7FEB352D)
 MIX2 = tl.constexpr(0x846CA68B)
+STEP = tl.constexpr(1597334677)
+STEP_2 = tl.constexpr(1597334677**2 % 2**32)
+STEP_4 = tl.constexpr(1597334677**4 % 2**32)
 
 
 class Drop(NamedTuple):
@@ -69,11 +72,16 @@ def seed_keys(seed_ptr):
 @triton.jit
 def keep_mask(key0, key1, rows, cols, threshold):
     """Which elements stay: the arithmetic of ``fused_lora/dropout.py``. rows and cols broadcast to the tile."""
-    r0 = mix(rows.to(tl.uint32) ^ key0)
+    rows = rows.to(tl.uint32)
+    r0 = mix((rows >> 3) ^ key0)
     r1 = mix(r0 + key1) | 1
-    h = cols.to(tl.uint32) * GOLDEN + r0
-    h = (h ^ (h >> 16)) * r1
-    h = (h ^ (h >> 15)) * MIX2
+    factor = tl.full(rows.shape, MIX2, tl.uint32)  # times STEP to the power of row % 8
+    factor = tl.where((rows & 1) != 0, factor * STEP, factor)
+    factor = tl.where((rows & 2) != 0, factor * STEP_2, factor)
+    factor = tl.where((rows & 4) != 0, factor * STEP_4, factor)
+    u = cols.to(tl.uint32) * GOLDEN + r0
+    u = (u ^ (u >> 16)) * r1
+    h = (u ^ (u >> 15)) * factor
     return h.to(tl.int32, bitcast=True) > threshold
 
 

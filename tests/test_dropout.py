@@ -12,7 +12,7 @@ from accuracy import STRATEGIES, Case, block_sizes, make_inputs, run
 from torch import nn
 
 from fused_lora import lora_linear, reference, vendor
-from fused_lora.dropout import GOLDEN, MIX1, MIX2, BlockMask, keep_mask, keep_scale
+from fused_lora.dropout import GOLDEN, GROUP, MIX1, MIX2, STEP, BlockMask, keep_mask, keep_scale
 
 WORD = 0xFFFFFFFF
 PS = [0.1, 0.5, 0.9]
@@ -29,11 +29,11 @@ def keeps(seed: int, row: int, col: int, p: float) -> bool:
     low, high = seed & WORD, seed >> 32 & WORD
     key0 = mix(low ^ mix(high ^ GOLDEN))
     key1 = mix(key0 ^ high)
-    r0 = mix(row ^ key0)
+    r0 = mix(row // 8 ^ key0)
     r1 = mix(r0 + key1 & WORD) | 1
-    h = col * GOLDEN + r0 & WORD
-    h = (h ^ h >> 16) * r1 & WORD
-    h = (h ^ h >> 15) * MIX2 & WORD
+    u = col * GOLDEN + r0 & WORD
+    u = (u ^ u >> 16) * r1 & WORD
+    h = (u ^ u >> 15) * MIX2 * STEP ** (row % 8) & WORD
     signed = h - 2**32 if h >= 2**31 else h
     return signed > round(p * 2**32) - 2**31 - 1
 
@@ -122,6 +122,23 @@ def test_neighbouring_columns_and_rows_are_uncorrelated(lag, p):
         (keep[lag:, lag:], keep[:-lag, :-lag]),
     ):
         within(correlation(first, second, p), 0, 1 / math.sqrt(first.numel()))
+
+
+@pytest.mark.parametrize("p", [0.05, *PS])
+@pytest.mark.parametrize("seed", [0, 77])
+def test_the_rows_of_a_group_are_independent_together(seed, p):
+    """They come of one hash: each of the 256 ways in which eight elements drop must be as frequent as chance has it."""
+    groups = 256
+    dropped = ~keep_mask(seed, groups * GROUP, 2048, p).view(groups, GROUP, -1)
+    pattern = (dropped.long() << torch.arange(GROUP)[:, None]).sum(1)
+    found = torch.bincount(pattern.flatten(), minlength=2**GROUP).double().numpy()
+    drops = np.array([value.bit_count() for value in range(2**GROUP)])
+    expected = pattern.numel() * p**drops * (1 - p) ** (GROUP - drops)
+    often = expected >= 8
+    chi = ((found - expected) ** 2 / expected)[often].sum()
+    within(chi, often.sum(), math.sqrt(2 * often.sum()))
+    rare = (found[~often].sum(), expected[~often].sum())
+    within(rare[0], rare[1], math.sqrt(max(rare[1], 1)))
 
 
 def test_no_seed_repeats_anothers_rows():
@@ -264,8 +281,34 @@ def test_the_mean_over_seeds_is_the_layer_without_dropout():
 
 
 @pytest.mark.parametrize("seed", [0, 123456789, -1, 2**63 - 1, -(2**63)])
-@pytest.mark.parametrize("rows", [1, 16, 17])
+def applied(mask: BlockMask, start: int, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    block = torch.ones(rows, cols, dtype=dtype)
+    return mask.zero_dropped(block, mask.hashes(start, rows), out=block)
+
+
+@pytest.mark.parametrize("seed", [0, 123456789, -1, 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("rows", [1, 7, 16, 128, 129])
 def test_the_words_of_a_few_rows_are_those_of_many(rows, seed):
     """Python's integers make them for few rows, operators for many: the same bits."""
-    bits = BlockMask(torch.tensor(seed), rows, 40, 0.3).bits(0, rows)
-    assert torch.equal(bits == -1, keep_mask(seed, 64, 40, 0.3)[:rows])
+    mask = BlockMask(torch.tensor(seed), rows, 40, 0.3)
+    assert torch.equal(applied(mask, 0, rows, 40, torch.float32) == 1, keep_mask(seed, 256, 40, 0.3)[:rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("start", "rows"), [(0, 50), (0, 8), (3, 2), (5, 9), (13, 37), (49, 1), (50, 0)])
+def test_any_block_of_the_mask_is_that_part_of_the_whole(start, rows, dtype):
+    """Also where a block begins or ends inside a group of rows."""
+    mask = BlockMask(torch.tensor(21), 50, 33, 0.4)
+    whole = keep_mask(21, 50, 33, 0.4)
+    for _ in range(2):
+        assert torch.equal(applied(mask, start, rows, 33, dtype), whole[start : start + rows].to(dtype))
+
+
+def test_zeroing_leaves_the_block_alone_unless_told_and_takes_inf_and_nan():
+    mask, keep = BlockMask(torch.tensor(4), 24, 16, 0.5), keep_mask(4, 24, 16, 0.5)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for value in (3.0, math.inf, -math.inf, math.nan, -0.0):
+            block = torch.full((24, 16), value, dtype=dtype)
+            found = mask.zero_dropped(block, mask.hashes(0, 24))
+            np.testing.assert_array_equal(found.double(), torch.where(keep, block, 0).double())
+            np.testing.assert_array_equal(block.double(), torch.full((24, 16), value).double())
