@@ -28,7 +28,7 @@ from torch import Tensor
 GOLDEN = 0x9E3779B1  # odd, 2**32 / golden ratio: neighbouring columns start far apart
 MIX1 = 0x7FEB352D  # the multipliers of Wellons' lowbias32 integer hash
 MIX2 = 0x846CA68B
-# L'Ecuyer, Tables of linear congruential generators of different sizes and good lattice structure (1999), modulus 2**32.
+# L'Ecuyer, Tables of linear congruential generators of different sizes and good lattice structure (1999), for 2**32.
 STEP = 1597334677
 GROUP = 8
 _FACTORS = tuple(MIX2 * STEP**j % 2**32 for j in range(GROUP))
@@ -248,7 +248,7 @@ class BlockMask:
         return target.view(block.dtype)
 
     def _kept(self, hashes: Tensor, dtype: torch.dtype) -> Tensor:
-        """1 where an element is kept, else 0; of two bytes: in the half of the spare block that :meth:`spare` leaves."""
+        """1 where an element is kept, else 0; of two bytes: in the half of the spare that :meth:`spare` leaves."""
         if self._scratch is None or dtype.itemsize > 2:
             return (hashes > self._threshold).to(dtype)
         if self._flags is None:
