@@ -19,6 +19,17 @@ from .tiles import GradBTile, SkinnyTile, cdiv, divide
 _REDUCE_BLOCK = 512
 
 
+@triton.jit
+def _finished_dot(lhs, rhs, acc, PRECISION: tl.constexpr):
+    """acc + lhs rhs, the dot finished before the sum.
+
+    Left in flight, the registers of its operands and sums are those of what follows it, such as the next step's mask,
+    and ptxas serializes wgmma (C7515). fma: acc + dot would be folded back into one.
+    """
+    product = dot(lhs, rhs, tl.zeros(acc.shape, tl.float32), PRECISION)
+    return tl.fma(product, tl.full(acc.shape, 1.0, tl.float32), acc)
+
+
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _shrink_kernel(
     # tensors
@@ -56,12 +67,9 @@ def _shrink_kernel(
         f = tl.load(f_ranks + cols_wide[:, None] * stride_fc, mask_r & (cols[:, None] < C), 0.0)  # (BLOCK_C, BLOCK_R)
         if seed_ptr is not None:
             t = tl.where(keep_mask(key0, key1, rows[:, None], cols[None, :], threshold), t, 0.0)
+        # Not split: its three dots are not serialized, and ptxas spilled 8 bytes of it (sm_120, triton 3.7.1).
         if seed_ptr is not None and PRECISION != "split":
-            # Added outside the dot, which so ends within its step: left in flight, its operand's registers are those of
-            # the next step's mask, and ptxas serializes wgmma (C7515; triton 3.6.0). fma: acc + dot is folded back.
-            # Not split: its three dots do not need it, and ptxas spilled 8 bytes of it (sm_120, triton 3.7.1).
-            step = dot(t, f, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION)
-            acc = tl.fma(step, tl.full((BLOCK_M, BLOCK_R), 1.0, tl.float32), acc)
+            acc = _finished_dot(t, f, acc, PRECISION)
         else:
             acc = dot(t, f, acc, PRECISION)
 
@@ -161,7 +169,10 @@ def _both_kernel(
         u = tl.load(u_ptr + offs_mr, mask_m & mask_r, 0.0)  # (BLOCK_M, BLOCK_R)
         v = dot(t, f, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), SHRINK_PRECISION)
         tl.store(v_block + offs_mr, v * scale, mask_m & mask_r)
-        g = dot(tl.trans(t), u, g, OUTER_PRECISION)
+        if OUTER_PRECISION == "tf32":  # float16: serialized where g is stored in several parts (sm_90)
+            g = _finished_dot(tl.trans(t), u, g, OUTER_PRECISION)
+        else:
+            g = dot(tl.trans(t), u, g, OUTER_PRECISION)
 
     g_tile = g_ptr + (part.to(tl.int64) * C + cols)[:, None] * R + ranks[None, :]
     tl.store(g_tile, narrow(g * scale, g_ptr.dtype.element_ty), mask_cr)

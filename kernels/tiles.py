@@ -119,6 +119,11 @@ class Chip:
         return not self.hip and self.capability[0] in (9, 10, 11)
 
     @property
+    def tensor_memory(self) -> bool:
+        """Tensor cores that keep their sums in a memory of their own (tcgen05)."""
+        return self.warp_groups and self.capability[0] >= 10
+
+    @property
     def descriptors(self) -> bool:
         return not self.hip and self.capability[0] >= 9
 
@@ -212,7 +217,7 @@ def _finish(tile: SkinnyTile, kernel: str, blocks: int, most: int, problem: Prob
     return replace(tile, split=max(1, min(resident * chip.num_sms // max(blocks, 1), most)))
 
 
-def _shrink_tile(problem: Problem, chip: Chip, columns: int) -> SkinnyTile:
+def _shrink_tile(problem: Problem, chip: Chip, columns: int, masked: bool = False) -> SkinnyTile:
     regime, rank = problem.regime, problem.R
     if regime == "float32":
         r = _rank_block(rank, 64)
@@ -223,6 +228,8 @@ def _shrink_tile(problem: Problem, chip: Chip, columns: int) -> SkinnyTile:
         tile = SkinnyTile(64, 64, r, 4, 2) if chip.hip else SkinnyTile(128, 64, r, 8, 4 if r <= 32 else 3)
         if regime == "mixed float16" and not problem.vectors(columns) and not (chip.hip or chip.warp_groups):
             tile = replace(tile, block_m=64)  # 128 rows: 180 bytes spilled with a mask (sm_80)
+        if masked and r == 64 and not (chip.hip or chip.warp_groups):
+            tile = replace(tile, block_m=64)  # 128 rows: 12 bytes spilled (sm_80 to sm_89, triton 3.7.1)
     blocks = cdiv(problem.M, tile.block_m) * cdiv(rank, tile.block_r)
     return _finish(tile, "shrink", blocks, cdiv(columns, 4 * tile.block_c), problem, chip)
 
@@ -255,10 +262,12 @@ def _both_tile(problem: Problem, chip: Chip) -> SkinnyTile | None:
         return None
     if (problem.regime, r) in (("bfloat16", 16), ("bfloat16", 32), ("float16", 16)):
         tile = SkinnyTile(64, 256, r, 8, 3)
-        wide = SkinnyTile(64, 512, r, 8, 2)
+        wide = SkinnyTile(64, 512, r, 8, 3 if chip.tensor_memory else 2)  # sm_100, 2: 40 bytes spilled (triton 3.6.0)
         fills = cdiv(problem.N, wide.block_c) * cdiv(problem.M, 2 * wide.block_m) >= chip.num_sms
         if chip.warp_groups and fills and problem.regime == "bfloat16" and r == 16:
             tile = wide
+        elif chip.tensor_memory and r == 32:
+            tile = replace(tile, num_stages=4)  # with 3, in parts: 16 bytes spilled at 64 registers (triton 3.7.1)
     elif (problem.regime, r) == ("mixed bfloat16", 16):
         tile = SkinnyTile(64, 128, r, 4, 3)
     else:
@@ -275,7 +284,7 @@ def _gemm_tile(
     if descriptor:
         tile = GemmTile(128, 256 if chip.warp_groups else 128, 64, r, 8, 4, form="descriptor", programs=chip.num_sms)
         if masked and chip.capability >= (10, 0):  # the mask and 128 x 256 sums in registers: 8 to 16 bytes spilled
-            tile = replace(tile, block_p=128, num_warps=4 if chip.warp_groups else 8)
+            tile = replace(tile, block_p=128, num_warps=4 if chip.tensor_memory else 8)
         return _fit_stages(tile, chip, shared_bytes)
     if problem.regime == "float32":
         # sm_120: with 3 stages ptxas chooses 80 registers for the split form and spills 16 bytes (triton 3.7.1).
@@ -286,6 +295,8 @@ def _gemm_tile(
         tile = GemmTile(16, 64, 64, 32, 4, 2) if rows <= 16 else GemmTile(64, 64, 64, 32, 8, 3)
     elif rows <= 64:
         tile = GemmTile(16 if rows <= 16 else 64, 64, 128, 32, 4, 4)
+        if rows > 16 and chip.tensor_memory:  # 4 warps, in parts: 32 bytes spilled at 72 registers (triton 3.6.0)
+            tile = replace(tile, num_warps=8)
     else:
         tile = GemmTile(128, 128, 64 if chip.shared_limit > 131072 else 32, r, 8, 3)
     tile = _fit_stages(tile, chip, shared_bytes)
@@ -303,7 +314,7 @@ def _lowrank_tile(problem: Problem) -> LowrankTile:
 
 
 def pick_shrink(problem: Problem, chip: Chip) -> SkinnyTile:
-    return _shrink_tile(problem, chip, problem.K)
+    return _shrink_tile(problem, chip, problem.K, masked=problem.dropout)
 
 
 def pick_grad_a(problem: Problem, chip: Chip) -> SkinnyTile:
@@ -366,9 +377,20 @@ def shipped(chip: Chip, regime: str, n: int = 4096, k: int = 4096) -> Iterator[t
 
 
 def one_part(tile):
-    """The tile with every split (and program count) set to one: what is left decides the machine code."""
+    """The tile with every split (and program count) set to one."""
+    return _recounted(tile, 1)
+
+
+def in_code(tile):
+    """The tile as its machine code knows it: of parts only whether there are several, of programs nothing."""
+    return _recounted(tile, 2)
+
+
+def _recounted(tile, most: int):
     if isinstance(tile, GradBTile):
-        return GradBTile(*(part and replace(part, split=1) for part in (tile.both, tile.ds, tile.db)))
+        return GradBTile(*(part and _recounted(part, most) for part in (tile.both, tile.ds, tile.db)))
     if isinstance(tile, SkinnyTile):
-        return replace(tile, split=1)
-    return replace(tile, split=1, programs=min(tile.programs, 1)) if isinstance(tile, GemmTile) else tile
+        return replace(tile, split=min(tile.split, most))
+    if isinstance(tile, GemmTile):
+        return replace(tile, split=min(tile.split, most), programs=min(tile.programs, 1))
+    return tile
