@@ -155,23 +155,43 @@ def ran_with(tile: object, kernel: str) -> object:
 
 
 def describe(tile: object, kernel: str) -> str:
-    """A tile as 128x64x16 w8 s4: the part of it that the kernel ran with."""
+    """A tile as 128x64x16 w8 s4, or ... s4 x2 in parts: the part of it that the kernel ran with."""
     tile = ran_with(tile, kernel)
     blocks = "x".join(str(value) for name, value in vars(tile).items() if name.startswith("block"))
-    return f"{blocks} w{tile.num_warps}" + (f" s{tile.num_stages}" if hasattr(tile, "num_stages") else "")
+    stages = f" s{tile.num_stages}" if hasattr(tile, "num_stages") else ""
+    return f"{blocks} w{tile.num_warps}{stages}" + (" x2" if getattr(tile, "split", 1) > 1 else "")
+
+
+def variants(piece: str, tile: object, regime: str) -> Iterator[object]:
+    """The tile, and whatever else of it is other machine code, up to specialisation on sizes.
+
+    In several parts kernels store float32 sums, where in one part the GEMM adds the low-rank product and the outer
+    product has the adapters' dtype. Where only one of ds and db is wanted, one pass for both falls back on its halves.
+    """
+    yield tile
+    narrow = regime in ("bfloat16", "float16")
+    few_rows = isinstance(tile, tiles.GemmTile) and tile.block_m <= 64
+    if few_rows or (piece == "grad_a" and narrow):
+        yield replace(tile, split=2)
+    elif isinstance(tile, tiles.GradBTile):
+        if tile.both is not None:
+            yield replace(tile, both=None)
+        if narrow:
+            yield replace(tile, both=None, db=replace(tile.db, split=2))
+        if narrow and tile.both is not None:
+            yield replace(tile, both=replace(tile.both, split=2))
 
 
 def cases(archs: list[str], regimes: list[str], largest_rank: int = 64) -> Iterator[Case]:
-    """Every shipped tile, with and without a mask where the piece draws one, and the split form of the few-row GEMM."""
+    """Every shipped tile, with and without a mask where the piece draws one, in all its variants."""
     for arch, regime in itertools.product(archs, regimes):
         odd = arch in ODD_ARCHS and regime != "float32"
         for n, k in ((N, K), (ODD, ODD), (ODD, K), (N, ODD))[: 4 if odd else 1]:
             for piece, tile, dropout in tiles.shipped(CHIPS[arch], regime, n, k):
                 if rank_block(tile) > largest_rank:
                     continue
-                yield Case(arch, regime, piece, tile, dropout, n, k)
-                if isinstance(tile, tiles.GemmTile) and tile.block_m <= 64 and not dropout:
-                    yield Case(arch, regime, piece, replace(tile, split=2), dropout, n, k)
+                for variant in variants(piece, tile, regime):
+                    yield Case(arch, regime, piece, variant, dropout, n, k)
 
 
 def call(case: Case) -> None:

@@ -50,6 +50,26 @@ def test_rows_that_load_element_by_element_do_not_spill():
     assert {line.split()[0] for line in result.stdout.splitlines() if " 4088x4088 " in line} == {"80", "90"}
 
 
+def test_several_parts_and_halves_of_a_pass_are_compiled_too(monkeypatch):
+    """In 16 bit an outer product in parts stores float32; few rows have a bare GEMM; one of ds and db has no pass."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import kernel_health as health
+
+    cases = list(health.cases(["90"], ["float16", "mixed bfloat16"]))
+
+    def found(regime: str, piece: str) -> list:
+        return [case.tile for case in cases if (case.regime, case.piece) == (regime, piece)]
+
+    assert {tile.split for tile in found("float16", "grad_a")} == {1, 2}
+    assert {tile.split for tile in found("mixed bfloat16", "grad_a")} == {1}  # float32 either way: the same code
+    assert {(case.dropout, case.tile.split) for case in cases if case.piece == "grad_x" and case.tile.block_m == 16} == {
+        (False, 1), (False, 2), (True, 1), (True, 2),
+    }  # fmt: skip
+    assert {(tile.both and tile.both.split, tile.db.split) for tile in found("float16", "grad_b")} == {
+        (1, 1), (2, 1), (None, 1), (None, 2),
+    }  # fmt: skip
+
+
 def test_breaches_are_found():
     """A tile too large for the registers spills; a mask drawn in the main loop is more than the plain loop has."""
     script = (

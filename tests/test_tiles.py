@@ -179,3 +179,13 @@ def test_tiles_need_neither_torch_nor_triton():
         "module.pick_shrink(problem, module.Chip(132, (9, 0)))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_machine_code_knows_of_a_tile():
+    """Of parts only whether there are several, of programs nothing."""
+    skinny, gemm = SkinnyTile(64, 64, 16, 4, 2, split=7), GemmTile(64, 64, 32, 16, 4, 2, split=1, programs=132)
+    grad_b = GradBTile(None, skinny, replace(skinny, split=1))
+    assert tiles.in_code(skinny) == replace(skinny, split=2)
+    assert tiles.one_part(skinny) == replace(skinny, split=1)
+    assert tiles.in_code(gemm) == tiles.one_part(gemm) == replace(gemm, programs=1)
+    assert tiles.in_code(grad_b) == GradBTile(None, replace(skinny, split=2), replace(skinny, split=1))
