@@ -6,7 +6,7 @@
 #   bench/gpu.sh check table        some of them
 #
 #   check      the GPU tests, compute-sanitizer on small shapes
-#   tune       forms and tiles of every piece, into fused_lora/tuned.json
+#   tune       forms and tiles of every piece, into $OUT/tune.json and from there into fused_lora/tuned.json
 #   table      correctness, ceilings, the table of LoRA taxes
 #   model      training steps of a Llama
 #
@@ -25,7 +25,7 @@ failed=()
 build() {
   cd /tmp || return 1 # not here: the folder kernels/ must not be found as a package
   if ! python3 -c 'import fused_lora.kernels.linear' 2>/dev/null; then
-    python3 -m pip install -q --no-deps --no-build-isolation -e "$root" ||
+    python3 -m pip install -q --no-index --disable-pip-version-check --no-deps --no-build-isolation -e "$root" ||
       echo "no editable install: a folder of links on PYTHONPATH instead"
   fi
   if ! python3 -c 'import fused_lora.kernels.linear' 2>/dev/null; then
@@ -55,10 +55,14 @@ step() {
 check() {
   local parallel=()
   python3 -c 'import xdist' 2>/dev/null && parallel=(-n 4) # more would not fit the largest tests into memory
-  step check 380 pytest tests/test_gpu.py -q -ra "${parallel[@]}"
+  # Not python3 -m pytest, which finds the folder kernels/ as a package.
+  step check 340 python3 -c 'import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))' \
+    tests/test_gpu.py -q -ra "${parallel[@]}"
+  step check 60 python3 bench/gpu_sanitize.py # compiles what the tools below are to watch
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck initcheck; do
-      step check 55 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      # Each tensor in an allocation of its own: within torch's blocks nothing is out of bounds or uninitialised.
+      step check 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
         python3 bench/gpu_sanitize.py
     done
   else
@@ -67,8 +71,13 @@ check() {
 }
 
 tune() {
+  rm -f "$out/tune.json"
   step tune 590 python3 bench/gpu.py --tune --seconds 540 --output "$out/tune.json"
-  python3 bench/gpu_tune.py "$out/tune.json" && cp fused_lora/tuned.json "$out/tuned.json"
+  if python3 bench/gpu_tune.py "$out/tune.json"; then
+    cp fused_lora/tuned.json "$out/tuned.json"
+  else
+    failed+=("tuned.json")
+  fi
 }
 
 table() {

@@ -15,7 +15,7 @@ _REQUESTS = (
     "triton:expand=pointer,grad_x=pointer",
     "triton:expand=descriptor,grad_x=descriptor",
 )
-_SHAPES = ((67, 72, 88, 5, 0.1), (131, 264, 136, 33, 0.0))
+_SHAPES = ((67, 72, 88, 5, 0.1), (131, 264, 136, 33, 0.0), (9, 72, 1040, 3, 0.1))  # the last: contraction in parts
 
 
 def main(device: torch.device) -> None:

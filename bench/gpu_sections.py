@@ -150,6 +150,7 @@ def sections(content: dict, name: str) -> list[str]:
         lines += _layer_lines(content, name) + _cell_lines(content, name) + _memory_lines(content, name)
     lines += correctness_lines(content, name)
     lines += [f"* crashed: {crash['at']}: {crash['error']}" for crash in content["crashes"]]
+    lines += [f"* no figures for {cell['id']}: {cell['failed']}" for cell in content["cells"] if "failed" in cell]
     if skipped := content.get("skipped_for_time"):
         lines += [f"* {skipped['count']} cells of the grid were not measured for want of time; {name} names them"]
     return lines

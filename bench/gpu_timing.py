@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import perf_counter
 
 import torch
@@ -91,7 +92,7 @@ def captured(call: Callable[[], object], pool: tuple[int, int]) -> torch.cuda.CU
     """The graph of a call that has run before. Not ``torch.cuda.graph``: it collects garbage, which takes longer."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.stream(_capture_stream()):
+    with torch.cuda.stream(_capture_stream()), _no_collection():
         graph.capture_begin(pool=pool)
         try:
             call()
@@ -102,6 +103,18 @@ def captured(call: Callable[[], object], pool: tuple[int, int]) -> torch.cuda.CU
         graph.capture_end()
     torch.cuda.synchronize()
     return graph
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """A collection that drops an older graph in the middle of a capture calls what a capture does not allow."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
     python bench/gpu.py --tune --output bench/results/tune-h200.json    measure
     python bench/gpu_tune.py bench/results/tune-h200.json               put what was measured into fused_lora/tuned.json
+    python bench/gpu_tune.py --compile bench/results/tune-h200.json     only tiles that this triton compiles clean too
 
 Every piece is called by itself, as the operator calls it, in every form and in every tile of ``kernels/candidates.py``,
 in turns, from CUDA graphs. What computes something else than the rule's choice is rejected; what wins by less than
@@ -11,18 +12,19 @@ in turns, from CUDA graphs. What computes something else than the rule's choice 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import functools
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import gpu_state
 import torch
+from gpu_clean import COMPILERS, clean
 from gpu_grid import STRATEGIES, cells, plan_of
 from gpu_timing import Subject, _host_seconds, captured, eager_rounds, graph_rounds, launch_rounds
 from providers import PROVIDERS, make_inputs
@@ -39,7 +41,6 @@ _GATE = 1e-2  # relative difference from the rule's result: for mistakes, both w
 _SECONDS = 0.25  # of rounds for one piece at one size
 _EAGER_ROWS = 2048
 _FOR_COMPILING = 60.0  # seconds kept at the end, for looking at what the compiler made of the winners
-_WARMERS = 8
 _FORMS = dict.fromkeys(("shrink", "grad_b", "grad_a"), ("torch", "triton"))
 _FORMS |= dict.fromkeys(("expand", "grad_x"), ("torch", "beta1", "pointer", "descriptor"))
 
@@ -240,7 +241,7 @@ def warm(worker, number: int) -> None:
         for piece in PIECES:
             for _, chosen in choices(case, worker.device, piece, False):
                 count += 1
-                if count % _WARMERS != number:
+                if count % COMPILERS != number:
                     continue
                 if worker.late():
                     return
@@ -255,7 +256,8 @@ def _warm_all(worker) -> None:
     deadline = time.time() + 0.3 * (worker.options.deadline - time.time())
     command = [sys.executable, __file__, "--warm", "--output", str(worker.output), "--device", str(worker.device)]
     processes = [
-        subprocess.Popen([*command, "--deadline", str(deadline), "--number", str(number)]) for number in range(_WARMERS)
+        subprocess.Popen([*command, "--deadline", str(deadline), "--number", str(number)])
+        for number in range(COMPILERS)
     ]
     for process in processes:
         while process.poll() is None and time.time() < deadline + 15:
@@ -265,38 +267,14 @@ def _warm_all(worker) -> None:
         process.wait()
 
 
-def _case_of(arch: str, entry: Entry) -> tuple:
-    piece = {"expand": "lowrank_y", "grad_x": "lowrank_x"}[entry.piece] if entry.form == "beta1" else entry.piece
-    masked = entry.dropout and piece in ("shrink", "grad_a", "grad_x", "lowrank_x")
-    return arch, entry.regime, piece, tiles.one_part(entry.tile), masked
-
-
-def _breaches(case: tuple) -> list[str]:
-    import kernel_health as health
-
-    return [breach for row in health.examine(health.Case(*case)) for breach in row.breaches]
-
-
-def clean(worker, entries: list[Entry]) -> list[Entry]:
-    """The entries whose tiles compile clean; the others become the rule's choice."""
-    if worker.device.type != "cuda":
-        return entries
-    arch = "".join(map(str, torch.cuda.get_device_capability(worker.device)))
-    cases = list(dict.fromkeys(_case_of(arch, entry) for entry in entries if entry.tile is not None))
-    verdicts = {}
-    with ProcessPoolExecutor(_WARMERS, multiprocessing.get_context("spawn")) as pool:
-        for case, breaches in zip(cases, pool.map(_breaches, cases), strict=True):
-            verdicts[case] = breaches
-            worker.at("kernel health")
-    kept = []
-    for entry in entries:
-        breaches = verdicts[_case_of(arch, entry)] if entry.tile is not None else []
-        if breaches:
-            worker.state["rejected"].append(f"{_case_of(arch, entry)}: {'; '.join(breaches)}")
-            usual = "beta1" if entry.piece in ("expand", "grad_x") else "triton"
-            entry = replace(entry, form=usual, tile=None, seconds=entry.rule_seconds)
-        kept.append(entry)
-    return kept
+def tune_size(worker, case: Case, entries: list[Entry]) -> list[Entry]:
+    """What won at one size: the pieces, then the strategy, which follows them and all entries from before."""
+    tensors = Tensors(case, worker.device)
+    wanted = [piece for piece in PIECES if case.p == 0.0 or piece not in ("expand", "grad_b")]
+    found = [entry for piece in wanted if (entry := tune_piece(worker, tensors, piece)) is not None]
+    if not worker.why_not("ours", case):
+        found.append(tune_strategy(worker, case, [*entries, *found]))
+    return found
 
 
 def tune(worker) -> None:
@@ -310,20 +288,20 @@ def tune(worker) -> None:
         worker.write()
     entries = [tuned.entry_of(fields) for fields in state["entries"]]
     grid = sizes(worker.options.quick)
+    reserve, longest = (0.0 if worker.options.quick else _FOR_COMPILING), 0.0
     for case in grid:
         if case.id in state["tuned_sizes"] or any(_ended(crash, case) for crash in state["crashes"]):
             continue
-        if time.time() > worker.options.deadline - (0 if worker.options.quick else _FOR_COMPILING):
+        start = time.time()
+        if start + longest > worker.options.deadline - reserve:
             break
-        tensors = Tensors(case, device)
-        wanted = [piece for piece in PIECES if case.p == 0.0 or piece not in ("expand", "grad_b")]
-        found = [entry for piece in wanted if (entry := tune_piece(worker, tensors, piece)) is not None]
+        found = tune_size(worker, case, entries)
         entries += found
-        entries.append(tune_strategy(worker, case, entries))
+        longest = max(longest, time.time() - start)
         state["entries"] = [entry.as_dict() for entry in entries]
         state["tuned_sizes"].append(case.id)
         worker.write()
-        shown = ", ".join(f"{entry.piece} {entry.form} {entry.gain:.2f}" for entry in (*found, entries[-1]))
+        shown = ", ".join(f"{entry.piece} {entry.form} {entry.gain:.2f}" for entry in found)
         print(f"{case.id}: {shown}", file=sys.stderr, flush=True)
     left = [case.id for case in grid if case.id not in state["tuned_sizes"]]
     state["skipped_for_time"] = {"count": len(left), "ids": " ".join(left)}
@@ -339,10 +317,17 @@ def _conclude(worker, entries: list[Entry], facts: plan.DeviceFacts) -> None:
     chip = {"name": facts.name, "capability": list(facts.capability), "source": source}
     state["version"] = tuned.VERSION
     state["chips"] = [{**chip, "entries": [entry.as_dict() for entry in entries]}]
-    state["compiles_clean"] = False  # not looked at yet, and not at all where the process is stopped here
+    # Interpreted kernels need not compile. On a GPU: not looked at yet, and not at all where this is stopped here.
+    state["compiles_clean"] = worker.device.type != "cuda"
     worker.write()
-    worker.at("kernel health")
-    state["chips"] = [{**chip, "entries": [entry.as_dict() for entry in clean(worker, entries)]}]
+    if state["compiles_clean"]:
+        return
+    sign = functools.partial(worker.at, "kernel health")
+    sign()
+    on = tiles.Chip(facts.num_sms, facts.capability, facts.hip)
+    entries, rejected = clean(entries, on, worker.options.deadline, sign)
+    state["chips"] = [{**chip, "entries": [entry.as_dict() for entry in entries]}]
+    state["rejected"] += rejected
     state["compiles_clean"] = True
     worker.write()
 
@@ -353,18 +338,33 @@ def _ended(crash: dict, case: Case) -> bool:
     return at == case.id and (what.endswith("turns") or what.startswith("strategy"))
 
 
-def install(record: Path, table: Path = tuned.PATH) -> None:
-    """Put the chips of a record into a table, in place of what it had of the same chips."""
-    table, measured = table.resolve(), tuned.read(record)
+def install(record: Path, table: Path = tuned.PATH, compile_here: bool = False) -> list[str]:
+    """Put the chips of a record into a table, in place of what it had of the same chips; returns what was left out.
+
+    ``compile_here``: leave out what the triton of this process, maybe another than measured it, does not compile clean.
+
+    Raises:
+        ValueError: the tuner was stopped before it had compiled the tiles, and they are not to be compiled here.
+    """
+    table, measured, rejected = table.resolve(), tuned.read(record), []
+    if not compile_here and not json.loads(record.read_text()).get("compiles_clean"):
+        raise ValueError(f"{record}: it was stopped before its tiles were looked at; --compile does it here")
+    for chip in measured if compile_here else ():
+        on = tiles.Chip(1, tuple(chip["capability"]))
+        entries, breaches = clean(list(map(tuned.entry_of, chip["entries"])), on)
+        chip["entries"] = [entry.as_dict() for entry in entries]
+        rejected += breaches
     names = {chip["name"] for chip in measured}
     kept = [chip for chip in tuned.read(table) if chip["name"] not in names]
     gpu_state.write(table, {"version": tuned.VERSION, "chips": [*kept, *measured]})
+    return rejected
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Put the measurements of gpu.py --tune into fused_lora/tuned.json.")
     parser.add_argument("record", type=Path, nargs="?", help="the JSON of gpu.py --tune")
     parser.add_argument("--table", type=Path, default=tuned.PATH, help="default: fused_lora/tuned.json")
+    parser.add_argument("--compile", action="store_true", help="only tiles that the triton here compiles clean")
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
     for name, kind in (("output", Path), ("device", str), ("deadline", float), ("number", int)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
@@ -376,7 +376,8 @@ def main(arguments: list[str] | None = None) -> None:
     elif options.record is None:
         parser.error("name the JSON that gpu.py --tune wrote")
     else:
-        install(options.record, options.table)
+        for breach in install(options.record, options.table, options.compile):
+            print(breach)
 
 
 if __name__ == "__main__":

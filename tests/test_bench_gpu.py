@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from fused_lora import tuned
+from fused_lora.kernels import tiles
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -75,8 +78,41 @@ def test_the_quick_path_of_the_tuner_and_its_table(tmp_path, bench):
     table = tmp_path / "tuned.json"
     old = {"name": chip["name"], "capability": [0, 0], "source": "old", "entries": []}
     bench("gpu_state").write(table, {"version": tuned.VERSION, "chips": [old, old | {"name": "another"}]})
-    bench("gpu_tune").install(tmp_path / "tune.json", table)
+    assert bench("gpu_tune").install(tmp_path / "tune.json", table) == []
     assert [(c["name"], c["source"] == "old") for c in tuned.read(table)] == [("another", True), (chip["name"], False)]
+    bench("gpu_state").write(tmp_path / "tune.json", content | {"compiles_clean": False})
+    with pytest.raises(ValueError, match="stopped before its tiles were looked at; --compile does it here"):
+        bench("gpu_tune").install(tmp_path / "tune.json", table)
+
+
+def tuned_entry(piece: str, tile: object, **others: object) -> tuned.Entry:
+    fields = {"regime": "mixed float16", "M": 8192, "N": 1024, "K": 14336, "R": 16, "dropout": True, "form": "triton"}
+    return tuned.Entry(piece=piece, tile=tile, seconds=1.0, rule_seconds=2.0, **fields | others)
+
+
+def test_tiles_that_do_not_compile_clean_are_left_to_the_rule(bench, tmp_path):
+    """On a chip that kernel_health does not list, from a process that interprets kernels, through the table's file."""
+    chip = {"name": "a GPU", "capability": [8, 7], "source": "made up"}
+    good, spills = tiles.SkinnyTile(64, 128, 16, 8, 3, split=9), tiles.SkinnyTile(128, 128, 64, 4, 3)
+    entries = [tuned_entry("grad_a", good), tuned_entry("shrink", spills), tuned_entry("shrink", None, form="torch")]
+    bench("gpu_state").write(tmp_path / "old.json", {"version": tuned.VERSION, "chips": []})
+    record = {"version": tuned.VERSION, "chips": [{**chip, "entries": [entry.as_dict() for entry in entries]}]}
+    bench("gpu_state").write(tmp_path / "tune.json", record)
+    (rejected,) = bench("gpu_tune").install(tmp_path / "tune.json", tmp_path / "old.json", compile_here=True)
+    assert "'shrink'" in rejected
+    assert "B spilled" in rejected
+    (installed,) = tuned.read(tmp_path / "old.json")
+    usual = tuned_entry("shrink", None)
+    found = [tuned.entry_of(fields) for fields in installed["entries"]]
+    assert found == [entries[0], replace(usual, seconds=usual.rule_seconds), entries[2]]
+
+
+def test_what_is_not_compiled_in_time_or_cannot_be_is_not_clean(bench):
+    module, tile, chip = bench("gpu_clean"), tiles.SkinnyTile(64, 128, 16, 8, 3), tiles.Chip(108, (8, 0))
+    (left,), (why,) = module.clean([tuned_entry("grad_a", tile, N=1000)], chip, deadline=0.0)
+    assert (left.tile, left.form, left.gain) == (None, "triton", 1.0)
+    assert why.endswith("True, False, True): not compiled, for want of time")  # a mask; 16 divides K but not N
+    assert module._breaches(("80", "bfloat16", "fly", tile, False, True, True), chip) == ["KeyError: 'fly'"]
 
 
 def test_every_cell_of_the_issue_is_in_the_grid_and_the_claim_comes_first(bench):
@@ -223,6 +259,8 @@ def test_sections_are_rendered_from_the_json_alone(bench):
     assert "copy 4.00 TB/s (read + written), bf16 product 800 TFLOP/s" in text
     assert "| shrink triton | fp16 | RED | - | off |" in text
     assert "7 cells of the grid were not measured" in text
+    failed = content | {"cells": [*content["cells"], {**content["cells"][0], "id": "lost", "failed": "out of memory"}]}
+    assert "* no figures for lost: out of memory" in bench("gpu").sections(failed, "x.json")
     assert f"| {case['id']} | 1.0000 |" in text
 
 
@@ -330,3 +368,13 @@ def test_the_tuner_times_graphs_on_a_gpu(bench, fake_cuda):
     calls = {0: lambda: time.sleep(0.004), 1: lambda: None}
     took = bench("gpu_tune").seconds_of(calls, SimpleNamespace(type="cuda"), quick=True)
     assert took[0] >= 0.004 > took[1]
+
+
+def test_no_garbage_is_collected_in_a_capture(bench):
+    timing = bench("gpu_timing")
+    with timing._no_collection():
+        assert not gc.isenabled()
+        with timing._no_collection():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()

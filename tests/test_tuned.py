@@ -225,7 +225,7 @@ def cases_of(capability: str, entries) -> list[tuple[str, str, str, object, bool
         if e.tile is not None:
             piece = lowrank[e.piece] if e.form == "beta1" else e.piece
             masked = e.dropout and piece in ("shrink", "grad_a", "grad_x", "lowrank_x")
-            cases[capability.replace(".", ""), e.regime, piece, tiles.one_part(e.tile), masked] = None
+            cases[capability.replace(".", ""), e.regime, piece, tiles.in_code(e.tile), masked] = None
     return list(cases)
 
 
