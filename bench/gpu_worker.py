@@ -175,10 +175,15 @@ def table(worker: Worker) -> None:
             cell = {**case.as_dict(), "id": case.id, "failed": worker.lost(f"{case.id} | cell", error)}
         worker.state["cells"].append(cell)
         done.add(case.id)
-        worker.write()
+        _name_left(worker, grid, done)
         tax = cell.get("graph_tax", cell.get("eager_tax", {}))
         shown = ", ".join(f"{name} {ratio['median']:.3f}" for name, ratio in tax.items())
         print(f"[{number}/{len(grid)}] {case.id}: {shown or cell.get('failed')}", file=sys.stderr, flush=True)
+    _name_left(worker, grid, done)
+
+
+def _name_left(worker: Worker, grid: list[Case], done: set[str]) -> None:
+    """Write the JSON, the cells that are left in it: a cell that outlasts the time is stopped with its process."""
     left = [case.id for case in grid if case.id not in done]
     worker.state["skipped_for_time"] = {"count": len(left), "ids": " ".join(left)}
     worker.write()
