@@ -282,7 +282,8 @@ def _gemm_tile(
 ) -> GemmTile:
     rows, r, shared_bytes = problem.M, _rank_block(problem.R, 32), partial(gemm_shared_bytes, problem=problem)
     if descriptor:
-        tile = GemmTile(128, 256 if chip.warp_groups else 128, 64, r, 8, 4, form="descriptor", programs=chip.num_sms)
+        block_p, r = (256, r) if chip.warp_groups else (128, 32)  # sm_120, r 16: 32 bytes spilled (triton 3.6.0)
+        tile = GemmTile(128, block_p, 64, r, 8, 4, form="descriptor", programs=chip.num_sms)
         if masked and chip.capability >= (10, 0):  # the mask and 128 x 256 sums in registers: 8 to 16 bytes spilled
             tile = replace(tile, block_p=128, num_warps=4 if chip.tensor_memory else 8)
         return _fit_stages(tile, chip, shared_bytes)
