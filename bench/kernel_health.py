@@ -9,7 +9,7 @@ One line per compiled kernel: registers, bytes spilled, shared memory against th
 instructions, the tensor-core instructions and the asynchronous copies. Exit code 1 on a breach:
 
 * a spill, too much shared memory (or more than ``tiles.py`` reckons), wgmma that ptxas serialized (C7510 to C7515);
-* no tensor-core instruction in the main loop, where the dtype has one;
+* no tensor-core instruction in the main loop, where the dtype has one (float32 where torch may use TF32: "tf32");
 * no asynchronous copy there, in a tile of several stages; for the descriptor form, no bulk copy;
 * on sm_90, a main loop of expand or grad_x that does more than that of the plain GEMM, the same kernel and tile without
   low-rank product, bias and mask: in the PTX anything but comparisons of a tile's bounds, in the SASS anything that
@@ -58,6 +58,7 @@ POINTERS = {
 M, N, K = 8192, 4096, 4096
 ODD = 4088  # as good as any length that 16 does not divide: Triton compiles one kernel for all of them
 ODD_ARCHS = ("80", "90")
+TF32 = "tf32"  # the regime of float32 where torch is allowed TF32, which the kernels follow
 KIND = "fused-lora kernel health"
 __all__ = ["KIND", "main", "sections", "summary"]
 
@@ -76,7 +77,12 @@ class Case:
 
     @property
     def problem(self) -> tiles.Problem:
-        return tiles.Problem(M, self.n, self.k, rank_block(self.tile), *tiles.REGIMES[self.regime], self.dropout)
+        return tiles.Problem(M, self.n, self.k, rank_block(self.tile), *tiles.REGIMES[self.dtypes], self.dropout)
+
+    @property
+    def dtypes(self) -> str:
+        """The regime as ``tiles.py`` names it, which does not tell float32 from float32 where torch may use TF32."""
+        return "float32" if self.regime == TF32 else self.regime
 
 
 @dataclass(frozen=True)
@@ -185,9 +191,12 @@ def variants(piece: str, tile: object, regime: str) -> Iterator[object]:
 def cases(archs: list[str], regimes: list[str], largest_rank: int = 64) -> Iterator[Case]:
     """Every shipped tile, with and without a mask where the piece draws one, in all its variants."""
     for arch, regime in itertools.product(archs, regimes):
-        odd = arch in ODD_ARCHS and regime != "float32"
+        if regime == TF32 and CHIPS[arch].hip:  # the kernels never ask for it there
+            continue
+        dtypes = "float32" if regime == TF32 else regime
+        odd = arch in ODD_ARCHS and dtypes != "float32"
         for n, k in ((N, K), (ODD, ODD), (ODD, K), (N, ODD))[: 4 if odd else 1]:
-            for piece, tile, dropout in tiles.shipped(CHIPS[arch], regime, n, k):
+            for piece, tile, dropout in tiles.shipped(CHIPS[arch], dtypes, n, k):
                 if rank_block(tile) > largest_rank:
                     continue
                 for variant in variants(piece, tile, regime):
@@ -196,7 +205,7 @@ def cases(archs: list[str], regimes: list[str], largest_rank: int = 64) -> Itera
 
 def call(case: Case) -> None:
     """Call the launcher of a case on meta tensors of a real layer's shape."""
-    dtype, adapter = (getattr(torch, name) for name in tiles.REGIMES[case.regime])
+    dtype, adapter = (getattr(torch, name) for name in tiles.REGIMES[case.dtypes])
     rank, tile, n, k = rank_block(case.tile), case.tile, case.n, case.k
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -207,14 +216,15 @@ def call(case: Case) -> None:
     a, b, s = empty(rank, k, dtype=adapter), empty(n, rank, dtype=adapter), empty(rows, rank, dtype=torch.float32)
     bias, lora_bias = empty(n), empty(n, dtype=adapter)
     drop = linear.Drop(empty(1, dtype=torch.int64), 5, 1.25) if case.dropout else None
+    tf32 = {"allow_tf32": case.regime == TF32}
     launch: dict[str, Callable[[], object]] = {
-        "shrink": lambda: linear.shrink(x, a, drop, tile),
-        "expand": lambda: linear.expand(x, w, bias, s, b, lora_bias, 0.5, tile),
-        "grad_b": lambda: linear.grad_b(dy, b, s, 0.5, tile),
-        "grad_x": lambda: linear.grad_x(dy, w, s, a, drop, tile),
-        "grad_a": lambda: linear.grad_a(x, s, drop, tile, adapter),
-        "lowrank_y": lambda: linear.lowrank_y(s, b, bias, lora_bias, 0.5, dtype, tile),
-        "lowrank_x": lambda: linear.lowrank_x(s, a, drop, dtype, tile),
+        "shrink": lambda: linear.shrink(x, a, drop, tile, **tf32),
+        "expand": lambda: linear.expand(x, w, bias, s, b, lora_bias, 0.5, tile, **tf32),
+        "grad_b": lambda: linear.grad_b(dy, b, s, 0.5, tile, **tf32),
+        "grad_x": lambda: linear.grad_x(dy, w, s, a, drop, tile, **tf32),
+        "grad_a": lambda: linear.grad_a(x, s, drop, tile, adapter, **tf32),
+        "lowrank_y": lambda: linear.lowrank_y(s, b, bias, lora_bias, 0.5, dtype, tile, **tf32),
+        "lowrank_x": lambda: linear.lowrank_x(s, a, drop, dtype, tile, **tf32),
     }
     launch[case.piece]()
 
@@ -348,7 +358,8 @@ def write(path: Path, rows: list[list[object]]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="80,90,100", help=f"comma-separated, of {', '.join(CHIPS)}; or all")
-    parser.add_argument("--regime", default=",".join(tiles.REGIMES), help="comma-separated dtypes of layer and adapter")
+    every = ",".join((*tiles.REGIMES, TF32))
+    parser.add_argument("--regime", default=every, help="comma-separated dtypes of layer and adapter")
     parser.add_argument("--sizes", default="", help="only these N x K, comma-separated: 4096x4096,4088x4096")
     parser.add_argument("--kernel", default="", help="only pieces and kernels whose name contains this")
     parser.add_argument("--quick", action="store_true", help="bf16 and mixed bf16, ranks up to 16")

@@ -114,7 +114,10 @@ def _outer_kernel(
         u = tl.load(u_ptr + rows_wide[:, None] * R + ranks[None, :], (rows[:, None] < M) & mask_r, 0.0)
         if seed_ptr is not None:
             t = tl.where(keep_mask(key0, key1, rows[None, :], cols[:, None], threshold), t, 0.0)
-        acc = dot(t, u, acc, PRECISION)
+        if seed_ptr is not None and PRECISION == "tf32":  # serialized else (sm_90)
+            acc = _finished_dot(t, u, acc, PRECISION)
+        else:
+            acc = dot(t, u, acc, PRECISION)
 
     g_part = g_ptr + part.to(tl.int64) * C * R
     g_tile = g_part + cols.to(tl.int64)[:, None] * stride_gc + ranks.to(tl.int64)[None, :] * stride_gr

@@ -221,7 +221,8 @@ def _shrink_tile(problem: Problem, chip: Chip, columns: int, masked: bool = Fals
     regime, rank = problem.regime, problem.R
     if regime == "float32":
         r = _rank_block(rank, 64)
-        tile = SkinnyTile(64, 32, r, 4 if r == 16 else 8, 3)
+        few_warps = 32 if chip.capability < (10, 0) else 16  # sm_80, r 32, 8 warps: 8 bytes spilled with tf32
+        tile = SkinnyTile(64, 32, r, 4 if r <= few_warps else 8, 3)
     else:
         widest = _widest_rank(regime, chip)
         r = _rank_block(rank, widest if problem.vectors(columns) else max(widest // 2, 16))
@@ -308,9 +309,9 @@ def _gemm_tile(
     return tile
 
 
-def _lowrank_tile(problem: Problem) -> LowrankTile:
-    if problem.regime == "float32":
-        return LowrankTile(64, 64, 16, 4)
+def _lowrank_tile(problem: Problem, chip: Chip) -> LowrankTile:
+    if problem.regime == "float32":  # 4 warps: 40 bytes spilled with tf32 on sm_80; 8: 32 bytes without on sm_100
+        return LowrankTile(64, 64, 16, 8 if chip.capability < (10, 0) else 4)
     return LowrankTile(64, 128, _rank_block(problem.R, 32), 4)
 
 
@@ -336,11 +337,11 @@ def pick_grad_x(problem: Problem, chip: Chip, descriptor: bool = False) -> GemmT
 
 
 def pick_lowrank_y(problem: Problem, chip: Chip) -> LowrankTile:
-    return _lowrank_tile(problem)
+    return _lowrank_tile(problem, chip)
 
 
 def pick_lowrank_x(problem: Problem, chip: Chip) -> LowrankTile:
-    return _lowrank_tile(problem)
+    return _lowrank_tile(problem, chip)
 
 
 REGIMES = {

@@ -27,7 +27,7 @@ def kernel_health(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_every_shipped_tile_compiles_clean(arch, tmp_path):
     output = tmp_path / "health.json"
-    regimes = "bfloat16,mixed bfloat16,float32"
+    regimes = "bfloat16,mixed bfloat16,float32,tf32"
     result = kernel_health("--arch", arch, "--regime", regimes, "--sizes", "4096x4096", "--output", str(output))
     assert result.returncode == 0, result.stdout + result.stderr
     assert " 0 with a breach" in result.stdout
