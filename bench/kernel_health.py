@@ -15,8 +15,8 @@ instructions, the tensor-core instructions and the asynchronous copies. Exit cod
   low-rank product, bias and mask: in the PTX anything but comparisons of a tile's bounds, in the SASS anything that
   does work (``kernel_loops.py`` says which). The difference in all SASS instructions is printed.
 
-Sizes are multiples of 16, as those of nearly all layers, and for sm_80 and sm_90 also such that N, K or both are not:
-rows of such a length are loaded element by element in 16-bit types, without asynchronous copies, in smaller tiles.
+Sizes and ranks are multiples of 16, as in nearly all layers, and for sm_80 and sm_90 also such that N, K or both are
+not, or the rank: rows of such a length are loaded element by element in 16-bit types, without asynchronous copies.
 
 The launchers get meta tensors and Triton's launch only notes its arguments: what is compiled is what would be launched.
 """
@@ -29,7 +29,6 @@ import json
 import multiprocessing
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -74,10 +73,16 @@ class Case:
     dropout: bool
     n: int = N
     k: int = K
+    odd_rank: bool = False
+
+    @property
+    def rank(self) -> int:
+        """That of a full block, or one that 16 does not divide, which is all that the machine code knows of it."""
+        return rank_block(self.tile) - (8 if self.odd_rank else 0)
 
     @property
     def problem(self) -> tiles.Problem:
-        return tiles.Problem(M, self.n, self.k, rank_block(self.tile), *tiles.REGIMES[self.dtypes], self.dropout)
+        return tiles.Problem(M, self.n, self.k, self.rank, *tiles.REGIMES[self.dtypes], self.dropout)
 
     @property
     def dtypes(self) -> str:
@@ -130,22 +135,23 @@ class Health:
         numbers += " ".join(f"{number:4d}" for number in self.loop[:3])
         numbers += f" {self.plain[0] - self.plain[1]:+4d}" if self.plain else "     "
         flags = ("drop " if case.dropout else "     ") + f"{describe(case.tile, self.kernel):24s}"
-        head = f"{case.arch:>6s} {case.regime:14s} {case.n}x{case.k} {case.piece:9s} {self.kernel:23s} {flags}"
+        sizes = f"{case.n}x{case.k} r{case.rank:<2d}"
+        head = f"{case.arch:>6s} {case.regime:14s} {sizes} {case.piece:9s} {self.kernel:23s} {flags}"
         return f"{head} {numbers} {'; '.join(self.breaches)}"
 
     def record(self) -> list[object]:
         """The same for the JSON, in the order of ``COLUMNS``."""
         case, plain = self.case, self.plain or (None, None)
-        head = [case.arch, case.regime, case.n, case.k, case.piece, self.kernel]
+        head = [case.arch, case.regime, case.n, case.k, case.rank, case.piece, self.kernel]
         head += [describe(case.tile, self.kernel), case.dropout]
         numbers = [self.registers, self.spill, self.shared, CHIPS[case.arch].shared_limit, self.serialized]
         return [*head, *numbers, *self.loop, *plain, self.breaches]
 
 
 COLUMNS = [
-    "arch", "regime", "N", "K", "piece", "kernel", "tile", "dropout", "registers", "spilled_bytes", "shared_bytes",
-    "shared_limit", "serialized", "loop_instructions", "loop_tensor", "loop_copies", "loop_bulk_copies", "sass_loop",
-    "sass_plain_loop", "breaches",
+    "arch", "regime", "N", "K", "rank", "piece", "kernel", "tile", "dropout", "registers", "spilled_bytes",
+    "shared_bytes", "shared_limit", "serialized", "loop_instructions", "loop_tensor", "loop_copies",
+    "loop_bulk_copies", "sass_loop", "sass_plain_loop", "breaches",
 ]  # fmt: skip
 
 
@@ -195,18 +201,21 @@ def cases(archs: list[str], regimes: list[str], largest_rank: int = 64) -> Itera
             continue
         dtypes = "float32" if regime == TF32 else regime
         odd = arch in ODD_ARCHS and dtypes != "float32"
-        for n, k in ((N, K), (ODD, ODD), (ODD, K), (N, ODD))[: 4 if odd else 1]:
-            for piece, tile, dropout in tiles.shipped(CHIPS[arch], dtypes, n, k):
+        sizes = [(N, K, False), *((N, K, True),) * (arch in ODD_ARCHS)]
+        sizes += [(ODD, ODD, False), (ODD, K, False), (N, ODD, False)] if odd else []
+        for n, k, odd_rank in sizes:
+            ranks = (8, 24, 56) if odd_rank else (16, 32, 64)
+            for piece, tile, dropout in tiles.shipped(CHIPS[arch], dtypes, n, k, ranks):
                 if rank_block(tile) > largest_rank:
                     continue
                 for variant in variants(piece, tile, regime):
-                    yield Case(arch, regime, piece, variant, dropout, n, k)
+                    yield Case(arch, regime, piece, variant, dropout, n, k, odd_rank)
 
 
 def call(case: Case) -> None:
     """Call the launcher of a case on meta tensors of a real layer's shape."""
     dtype, adapter = (getattr(torch, name) for name in tiles.REGIMES[case.dtypes])
-    rank, tile, n, k = rank_block(case.tile), case.tile, case.n, case.k
+    rank, tile, n, k = case.rank, case.tile, case.n, case.k
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -334,16 +343,9 @@ def examine(case: Case) -> list[Health]:
             plain, extra = against(result.asm, other.asm)
         found.append(
             Health(case, name, int(registers[1]), sum(map(int, spills)), result.metadata.shared,
-                   reckoned_shared(case, name), "serialized" in log, loop_of(text), plain, extra)
+                   reckoned_shared(case, name), "serialized" in log, kernel_loops.counts(text), plain, extra)
         )  # fmt: skip
     return found
-
-
-def loop_of(text: str) -> tuple[int, int, int, int]:
-    """(instructions, tensor-core instructions, copies, bulk copies) of the main loop."""
-    loop: Counter[str] = kernel_loops.main_loop(text)
-    kinds = (kernel_loops.TENSOR, kernel_loops.COPY, kernel_loops.BULK_COPY)
-    return loop.total(), *(kernel_loops.count(loop, kind) for kind in kinds)
 
 
 def write(path: Path, rows: list[list[object]]) -> None:
@@ -374,8 +376,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.kernel in {case.piece for case in chosen}:
         chosen = [case for case in chosen if case.piece == options.kernel]
 
-    print(f"{'':116s} main loop: instructions, of them on tensor cores and copies; SASS beyond the plain GEMM's")
-    print(f"{'arch':>6s} {'regime':14s} {'N x K':9s} {'piece':9s} {'kernel':23s} {'mask, tile':29s}", end="")
+    print(f"{'':120s} main loop: instructions, of them on tensor cores and copies; SASS beyond the plain GEMM's")
+    print(f"{'arch':>6s} {'regime':14s} {'N x K, rank':13s} {'piece':9s} {'kernel':23s} {'mask, tile':29s}", end="")
     print(" regs spill B shared B/limit  inst tens copy more")
     records: dict[str, list[object]] = {}
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:

@@ -72,6 +72,12 @@ def main_loop(assembly: str) -> Counter[str]:
     return max(loops, key=lambda loop: (count(loop, COPY) > 0, count(loop, MULTIPLY_ADD)), default=Counter())
 
 
+def counts(assembly: str) -> tuple[int, int, int, int]:
+    """(instructions, tensor-core instructions, copies, bulk copies) of the main loop."""
+    loop = main_loop(assembly)
+    return loop.total(), count(loop, TENSOR), count(loop, COPY), count(loop, BULK_COPY)
+
+
 def machine_code(cubin: bytes) -> str:
     """The SASS of a cubin, by the disassembler that Triton ships."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -31,7 +31,8 @@ def sections(content: dict, name: str) -> list[str]:
                   "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
         for row in compared:
             kernel, mask = row["kernel"].strip("_").removesuffix("_kernel"), "yes" if row["dropout"] else "no"
-            cells = [row["piece"], kernel, row["regime"], f"{row['N']} x {row['K']}", row["tile"], mask]
+            sizes = f"{row['N']} x {row['K']}" + (f", rank {row['rank']}" if row["rank"] % 16 else "")
+            cells = [row["piece"], kernel, row["regime"], sizes, row["tile"], mask]
             cells += [row[name] for name in ("sass_loop", "sass_plain_loop", "loop_tensor", "loop_copies")]
             lines += [f"| {' | '.join(map(str, cells))} |"]
     return [*lines, ""]

@@ -197,6 +197,11 @@ def _rank_block(rank: int, largest: int) -> int:
     return block
 
 
+def _gemm_ranks(rank: int) -> int:
+    """Of ranks that 16 does not divide no more than 16 at a time: 32 spilled 12 to 492 bytes (sm_80, sm_90)."""
+    return _rank_block(rank, 16 if rank % 16 else 32)
+
+
 def _fit_stages(tile, chip: Chip, shared_bytes):
     """The tile with as many of its stages as the chip's shared memory holds."""
     while shared_bytes(tile) > chip.shared_limit:
@@ -221,8 +226,8 @@ def _shrink_tile(problem: Problem, chip: Chip, columns: int, masked: bool = Fals
     regime, rank = problem.regime, problem.R
     if regime == "float32":
         r = _rank_block(rank, 64)
-        few_warps = 32 if chip.capability < (10, 0) else 16  # sm_80, r 32, 8 warps: 8 bytes spilled with tf32
-        tile = SkinnyTile(64, 32, r, 4 if r <= few_warps else 8, 3)
+        # sm_80, r 32, 8 warps: 8 bytes spilled with tf32; sm_100, 4 warps: 32 bytes without.
+        tile = SkinnyTile(64, 32, r, 4 if r == 16 or (r == 32 and chip.capability < (10, 0)) else 8, 3)
     else:
         widest = _widest_rank(regime, chip)
         r = _rank_block(rank, widest if problem.vectors(columns) else max(widest // 2, 16))
@@ -244,7 +249,8 @@ def _outer_tile(problem: Problem, chip: Chip, columns: int) -> SkinnyTile:
         # tf32 operands in registers: wgmma would be serialized (C7515), and 32 columns take mma.sync instead.
         tile = SkinnyTile(64, 32, r, 4, 4)
     else:
-        tile = SkinnyTile(64, 64, r, 4, 2) if chip.hip else SkinnyTile(64, 128, r, 8, 3)
+        few = regime == "mixed bfloat16" and r == 16 and not chip.warp_groups  # 64 rows: 8 to 32 bytes spilled
+        tile = SkinnyTile(64, 64, r, 4, 2) if chip.hip else SkinnyTile(32 if few else 64, 128, r, 8, 3)
     blocks = cdiv(columns, tile.block_c) * cdiv(rank, tile.block_r)
     return _finish(tile, "outer", blocks, cdiv(problem.M, 2 * tile.block_m), problem, chip)
 
@@ -259,7 +265,8 @@ def _widest_rank(regime: str, chip: Chip) -> int:
 def _both_tile(problem: Problem, chip: Chip) -> SkinnyTile | None:
     """One pass over dy saves reading it again (2MN bytes) and costs partial ds (8 M N R / BLOCK_C): R < BLOCK_C / 4."""
     r = _rank_block(problem.R, 64)
-    if not problem.vectors(problem.N):  # an address for each element of dy: 48 to 496 bytes spilled
+    # Elements of dy, or of a wide f, that load one by one: 48 to 496 bytes spilled.
+    if not problem.vectors(problem.N) or (r > 16 and problem.R % 16):
         return None
     if (problem.regime, r) in (("bfloat16", 16), ("bfloat16", 32), ("float16", 16)):
         tile = SkinnyTile(64, 256, r, 8, 3)
@@ -281,7 +288,7 @@ def _both_tile(problem: Problem, chip: Chip) -> SkinnyTile | None:
 def _gemm_tile(
     problem: Problem, chip: Chip, columns: int, depth: int, descriptor: bool, masked: bool = False
 ) -> GemmTile:
-    rows, r, shared_bytes = problem.M, _rank_block(problem.R, 32), partial(gemm_shared_bytes, problem=problem)
+    rows, r, shared_bytes = problem.M, _gemm_ranks(problem.R), partial(gemm_shared_bytes, problem=problem)
     if descriptor:
         block_p, r = (256, r) if chip.warp_groups else (128, 32)  # sm_120, r 16: 32 bytes spilled (triton 3.6.0)
         tile = GemmTile(128, block_p, 64, r, 8, 4, form="descriptor", programs=chip.num_sms)
@@ -290,15 +297,13 @@ def _gemm_tile(
         return _fit_stages(tile, chip, shared_bytes)
     if problem.regime == "float32":
         # sm_120: with 3 stages ptxas chooses 80 registers for the split form and spills 16 bytes (triton 3.7.1).
-        tile = GemmTile(64, 64, 16, 16, 8, 2 if chip.capability >= (12, 0) else 3)
-        if not chip.hip and chip.capability[0] == 9:  # 8 warps: 12 more ld.shared a step than plain (triton 3.6.0)
-            tile = replace(tile, num_warps=4)
+        warps = 4 if chip.warp_groups and not chip.tensor_memory else 8  # sm_90, 8: 12 more ld.shared than plain
+        tile = GemmTile(64, 64, 16, 16, warps, 2 if chip.capability >= (12, 0) else 3)
     elif not problem.vectors(problem.N, problem.K):  # the larger tiles spill 8 to 3556 bytes
         tile = GemmTile(16, 64, 64, 32, 4, 2) if rows <= 16 else GemmTile(64, 64, 64, 32, 8, 3)
     elif rows <= 64:
-        tile = GemmTile(16 if rows <= 16 else 64, 64, 128, 32, 4, 4)
-        if rows > 16 and chip.tensor_memory:  # 4 warps, in parts: 32 bytes spilled at 72 registers (triton 3.6.0)
-            tile = replace(tile, num_warps=8)
+        warps = 8 if rows > 16 and chip.tensor_memory else 4  # 4: 32 bytes spilled in parts (sm_100, triton 3.6.0)
+        tile = GemmTile(16 if rows <= 16 else 64, 64, 128, 32, warps, 4)
     else:
         tile = GemmTile(128, 128, 64 if chip.shared_limit > 131072 else 32, r, 8, 3)
     tile = _fit_stages(tile, chip, shared_bytes)
@@ -312,7 +317,7 @@ def _gemm_tile(
 def _lowrank_tile(problem: Problem, chip: Chip) -> LowrankTile:
     if problem.regime == "float32":  # 4 warps: 40 bytes spilled with tf32 on sm_80; 8: 32 bytes without on sm_100
         return LowrankTile(64, 64, 16, 8 if chip.capability < (10, 0) else 4)
-    return LowrankTile(64, 128, _rank_block(problem.R, 32), 4)
+    return LowrankTile(64, 128, _gemm_ranks(problem.R), 4)
 
 
 def pick_shrink(problem: Problem, chip: Chip) -> SkinnyTile:
@@ -340,8 +345,7 @@ def pick_lowrank_y(problem: Problem, chip: Chip) -> LowrankTile:
     return _lowrank_tile(problem, chip)
 
 
-def pick_lowrank_x(problem: Problem, chip: Chip) -> LowrankTile:
-    return _lowrank_tile(problem, chip)
+pick_lowrank_x = pick_lowrank_y
 
 
 REGIMES = {
@@ -353,13 +357,15 @@ REGIMES = {
 }
 
 
-def shipped(chip: Chip, regime: str, n: int = 4096, k: int = 4096) -> Iterator[tuple[str, object, bool]]:
+def shipped(
+    chip: Chip, regime: str, n: int = 4096, k: int = 4096, ranks: tuple[int, ...] = (16, 32, 64)
+) -> Iterator[tuple[str, object, bool]]:
     """Every (piece, tile, dropout) that can be picked on a chip in a regime, up to split, which is not in the code.
 
-    For N and K that are multiples of 16 where those of n and k are.
+    For N, K and ranks that are multiples of 16 where those given are.
     """
     seen = set()
-    for rank, rows, dropout in product((16, 32, 64), (16, 64, 8192), (False, True)):
+    for rank, rows, dropout in product(ranks, (16, 64, 8192), (False, True)):
         problem = Problem(rows, n, k, rank, *REGIMES[regime], dropout)
         picked = [("shrink", pick_shrink(problem, chip)), ("grad_a", pick_grad_a(problem, chip))]
         picked += [("grad_x", pick_grad_x(problem, chip)), ("lowrank_x", pick_lowrank_x(problem, chip))]
@@ -380,17 +386,13 @@ def shipped(chip: Chip, regime: str, n: int = 4096, k: int = 4096) -> Iterator[t
 
 def one_part(tile):
     """The tile with every split (and program count) set to one."""
-    return _recounted(tile, 1)
+    return in_code(tile, most=1)
 
 
-def in_code(tile):
+def in_code(tile, most: int = 2):
     """The tile as its machine code knows it: of parts only whether there are several, of programs nothing."""
-    return _recounted(tile, 2)
-
-
-def _recounted(tile, most: int):
     if isinstance(tile, GradBTile):
-        return GradBTile(*(part and _recounted(part, most) for part in (tile.both, tile.ds, tile.db)))
+        return GradBTile(*(part and in_code(part, most) for part in (tile.both, tile.ds, tile.db)))
     if isinstance(tile, SkinnyTile):
         return replace(tile, split=min(tile.split, most))
     if isinstance(tile, GemmTile):

@@ -140,9 +140,9 @@ def test_the_report_is_made_of_the_json_alone(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import kernel_health as health
 
-    row = ["90", "bfloat16", 4096, 4088, "expand", "_gemm_kernel", "128x128x64x16 w8 s3", False, 174, 0, 98304]
+    row = ["90", "bfloat16", 4096, 4088, 16, "expand", "_gemm_kernel", "128x128x64x16 w8 s3", False, 174, 0, 98304]
     row += [232448, False, 123, 4, 8, 0, 135, 139, []]
-    other = ["gfx942", "float32", 4096, 4096, "shrink", "_shrink_kernel", "64x32x16 w4 s3", True, 56, 8, 20480]
+    other = ["gfx942", "float32", 4096, 4096, 16, "shrink", "_shrink_kernel", "64x32x16 w4 s3", True, 56, 8, 20480]
     other += [65536, False, 90, 0, 2, 0, None, None, ["8 B spilled"]]
     content = {"triton": "3.7.1", "columns": health.COLUMNS, "rows": [row, other]}
     lines = health.sections(content, "x.json")

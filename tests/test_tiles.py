@@ -48,11 +48,15 @@ def picked(problem: Problem, chip: Chip):
 def test_whatever_is_picked_is_shipped(chip):
     """``shipped`` is what the compile test compiles, so nothing outside it may ever run."""
     sizes = {(n_even, k_even): [4096 if even else 4088 for even in (n_even, k_even)] for n_even, k_even in EVEN}
+    ranks = {True: (16, 32, 64), False: (8, 24, 56)}
     shipped = {
-        (regime, even): set(tiles.shipped(chip, regime, *sizes[even])) for regime in tiles.REGIMES for even in EVEN
+        (regime, even, whole): set(tiles.shipped(chip, regime, *sizes[even], ranks[whole]))
+        for regime in tiles.REGIMES
+        for even in EVEN
+        for whole in ranks
     }
     for problem in problems(200):
-        its = shipped[problem.regime, (problem.N % 16 == 0, problem.K % 16 == 0)]
+        its = shipped[problem.regime, (problem.N % 16 == 0, problem.K % 16 == 0), problem.R % 16 == 0]
         for piece, tile in picked(problem, chip):
             masked = problem.dropout and piece in ("shrink", "grad_a", "grad_x", "lowrank_x")
             assert (piece, tiles.one_part(tile), masked) in its
