@@ -213,10 +213,7 @@ def _fit_stages(tile, chip: Chip, shared_bytes):
 
 def _finish(tile: SkinnyTile, kernel: str, blocks: int, most: int, problem: Problem, chip: Chip) -> SkinnyTile:
     """Fit the stages, then split the contraction until programs fill every slot of the chip, into ``most`` parts."""
-
-    def shared_bytes(tile: SkinnyTile) -> int:
-        return skinny_shared_bytes(tile, problem, kernel, chip)
-
+    shared_bytes = partial(skinny_shared_bytes, problem=problem, kernel=kernel, chip=chip)
     tile = _fit_stages(tile, chip, shared_bytes)
     resident = min(4, chip.shared_limit // shared_bytes(tile))
     return replace(tile, split=max(1, min(resident * chip.num_sms // max(blocks, 1), most)))
@@ -231,6 +228,8 @@ def _shrink_tile(problem: Problem, chip: Chip, columns: int, masked: bool = Fals
     else:
         widest = _widest_rank(regime, chip)
         r = _rank_block(rank, widest if problem.vectors(columns) else max(widest // 2, 16))
+        if r == 32 and rank % 16 and chip.warp_groups and not regime.startswith("mixed"):
+            r = 64  # 32: wgmma serialized (triton 3.6.0)
         tile = SkinnyTile(64, 64, r, 4, 2) if chip.hip else SkinnyTile(128, 64, r, 8, 4 if r <= 32 else 3)
         if regime == "mixed float16" and not problem.vectors(columns) and not (chip.hip or chip.warp_groups):
             tile = replace(tile, block_m=64)  # 128 rows: 180 bytes spilled with a mask (sm_80)
