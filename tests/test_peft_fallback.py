@@ -1,6 +1,6 @@
 """Where a patched layer takes PEFT's own forward: the result is PEFT's bit for bit, and the report says why.
 
-Also the libraries that act through hooks and classes: accelerate and FSDP2.
+Also accelerate, which acts through hooks.
 """
 
 import copy
@@ -9,12 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
-from peft.tuners import lora
 from peft.tuners.lora import variants
-from peft_models import K, N, layers, patched_copy, peft_model, randomize, run
+from peft_models import Eager, K, N, layers, patched_copy, peft_model, randomize, run
 from torch import nn
 
-from fused_lora import patch_peft, peft_parts, peft_status, unpatch_peft
+from fused_lora import patch_peft, peft_parts, peft_status
 
 DY = torch.randn(7, 3 * N, generator=torch.Generator().manual_seed(1))
 X = torch.randn(7, K, generator=torch.Generator().manual_seed(2))
@@ -27,20 +26,6 @@ def seed():
 
 def reasons(model):
     return {status.reason for status in peft_status(model).layers}
-
-
-class Eager:
-    """Counts the calls of PEFT's own forward among the layers of a model."""
-
-    def __init__(self, monkeypatch):
-        self.calls = 0
-        forward = lora.Linear.forward
-
-        def counted(layer, *args, **kwargs):
-            self.calls += 1
-            return forward(layer, *args, **kwargs)
-
-        monkeypatch.setattr(lora.Linear, "forward", counted)
 
 
 @pytest.fixture
@@ -206,11 +191,12 @@ def test_falls_back_to_peft_exactly(edit, reason, order, eager):
         (torch.zeros(7, K, dtype=torch.int64), RuntimeError),
         (torch.randn(7, K, dtype=torch.float64), RuntimeError),
         (torch.randn(7, K, dtype=torch.bfloat16), RuntimeError),
+        (torch.randn(7, K, device="meta"), RuntimeError),
         (torch.randn(()), RuntimeError),
         ([1.0, 2.0], TypeError),
         (None, TypeError),
     ],
-    ids=["width", "int", "float64", "bf16", "scalar", "list", "none"],
+    ids=["width", "int", "float64", "bf16", "device", "scalar", "list", "none"],
 )
 def test_bad_input_raises_what_peft_raises(x, error):
     model = peft_model()
@@ -221,6 +207,77 @@ def test_bad_input_raises_what_peft_raises(x, error):
             m(x)
         messages.append(str(raised.value))
     assert messages[0] == messages[1]
+
+
+def torch_dropout_dora():
+    return peft_model(use_dora=True, lora_dropout=0.3)
+
+
+def torch_dropout_of_two_dtypes():
+    model = peft_model(dtype=torch.bfloat16, adapters=2, lora_dropout=0.3)
+    for layer in layers(model):
+        layer.lora_A["other"].to(torch.bfloat16), layer.lora_B["other"].to(torch.bfloat16)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(torch_dropout_dora, peft_parts.DORA_TORCH), (torch_dropout_of_two_dtypes, peft_parts.SEVERAL_DTYPES)],
+    ids=["dora", "two-dtypes"],
+)
+def test_torch_dropout_where_it_is_not_fused(make, reason):
+    model = make()
+    ours, report = patched_copy(model, dropout="torch")
+    assert {status.reason for status in report.layers} == {reason}
+    results = []
+    for m in (ours, model):
+        torch.manual_seed(6)
+        results.append(run(m, X.to(layers(m)[0].base_layer.weight.dtype), DY))
+    assert results[0].equals(results[1])
+
+
+def test_hooks_on_the_layer_itself_fire(eager):
+    """They are nn.Module's own business, around the fused forward as around PEFT's."""
+    model = peft_model()
+    ours, _ = patched_copy(model)
+    seen = []
+    for m in (model, ours):
+        calls = []
+        seen.append(calls)
+        for layer in layers(m):
+            layer.register_forward_pre_hook(lambda module, args, calls=calls: calls.append("before"))
+            layer.register_forward_hook(lambda module, args, y, calls=calls: (calls.append("after"), y)[1])
+            layer.register_full_backward_hook(lambda module, dx, dy, calls=calls: calls.append("backward"))
+        before = eager.calls
+        run(m, X, DY)
+    assert peft_status(ours).fused == 3
+    assert eager.calls == before  # none of the second model's
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 9
+
+
+def test_selective_checkpointing():
+    """It works through dispatch modes, which must see PEFT's operations."""
+    from torch.utils import checkpoint
+
+    def policy(context, operation, *args, **kwargs):
+        keep = operation == torch.ops.aten.mm.default
+        return checkpoint.CheckpointPolicy.MUST_SAVE if keep else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+
+    class Selective(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            def contexts():
+                return checkpoint.create_selective_checkpoint_contexts(policy)
+
+            return checkpoint.checkpoint(self.model, x, use_reentrant=False, context_fn=contexts)
+
+    model = peft_model()
+    ours, _ = patched_copy(model)
+    assert run(Selective(ours), X, DY).equals(run(Selective(model), X, DY))
 
 
 def test_a_vector_through_dora_keeps_peft_s_shape():
@@ -288,13 +345,15 @@ def test_accelerate_hooks():
         for layer in layers(model):
             add_hook_to_module(layer, ModelHook())
 
-    hidden, after = peft_model(), peft_model()
+    plain, hidden, after = peft_model(), peft_model(), peft_model()
     hook_all(hidden)
     assert "hides the patch" in str(patch_peft(hidden))
+    assert run(hidden, X, DY).equals(run(plain, X, DY))
     patch_peft(after)
+    expected = run(after, X, DY)
     hook_all(after)
     assert peft_status(after).fused == 3
-    torch.testing.assert_close(after(X), hidden(X))
+    assert run(after, X, DY).equals(expected)
 
 
 def test_global_hooks(eager):
@@ -308,43 +367,3 @@ def test_global_hooks(eager):
         handle.remove()
     assert eager.calls == 3
     assert layers(ours)[0].lora_A["default"] in seen
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield torch.distributed.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not built")
-@pytest.mark.parametrize("unit", ["block", "layer-before", "layer-after", "factor"])
-def test_fsdp2(unit, process_group, eager):
-    from torch.distributed.fsdp import fully_shard
-
-    model = peft_model()
-    expected = run(model, X, DY)
-    eager.calls = 0
-    if unit != "layer-before":
-        patch_peft(model)
-    for layer in layers(model):
-        if unit.startswith("layer"):
-            fully_shard(layer, mesh=process_group)
-        elif unit == "factor":
-            fully_shard(layer.lora_A["default"], mesh=process_group)
-    if unit == "block":
-        fully_shard(model.base_model.model, mesh=process_group)
-    if unit == "layer-before":
-        assert "patch_peft before fully_shard" in str(patch_peft(model))
-    if unit == "layer-after":
-        with pytest.raises(ValueError, match="unpatch before sharding"):
-            unpatch_peft(model)
-    y = model(X)
-    torch.testing.assert_close(y, expected.results["y"])
-    y.backward(DY)
-    for layer, name in zip(layers(model), "qkv", strict=True):
-        grad = layer.lora_A["default"].weight.grad
-        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-        torch.testing.assert_close(grad, expected.results[f"dbase_model.model.{name}.lora_A.default.weight"])
-    assert eager.calls == (0 if unit in ("block", "layer-after") else 3)
