@@ -21,6 +21,7 @@ element of its own pays one product, which is what a CPU is short of.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ _FACTORS = tuple(MIX2 * STEP**j % 2**32 for j in range(GROUP))
 _WORD = 0xFFFFFFFF
 # Up to here Python's integers make the words of the groups faster than thirty operators on tiny tensors do.
 _FEW_GROUPS = 16
+# Elements up to which numpy, where it is installed, makes a whole mask faster than torch: its calls cost less.
+_SMALL = 1 << 13
 
 
 def check_p(p: float) -> float:
@@ -104,15 +107,25 @@ def _signed(word: int) -> int:
     return word - ((word & 2**31) << 1)
 
 
+def _seed_keys(seed: Any) -> tuple[Any, Any]:
+    """The two words of a seed, a Python int or a tensor."""
+    low, high = seed & _WORD, (seed >> 32) & _WORD
+    key0 = _mix(low ^ _mix(high ^ GOLDEN))
+    return key0, _mix(key0 ^ high)
+
+
+def _few_group_words(key0: int, key1: int, groups: int) -> tuple[list[int], list[int]]:
+    """Every r0 and every r1, in Python's integers."""
+    first = [_mix(group ^ key0) for group in range(groups)]
+    return first, [_mix((word + key1) & _WORD) | 1 for word in first]
+
+
 def _group_keys(seed: int | Tensor, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The two words of every group of rows, (r0, r1), int32 of shape (groups, 1)."""
-    lo, hi = seed & _WORD, (seed >> 32) & _WORD
-    key0 = _mix(lo ^ _mix(hi ^ GOLDEN))
-    key1 = _mix(key0 ^ hi)
+    key0, key1 = _seed_keys(seed)
     if isinstance(key0, int) and isinstance(groups, int) and groups <= _FEW_GROUPS:
-        words = [(first := _mix(group ^ key0), _mix((first + key1) & _WORD) | 1) for group in range(groups)]
-        signed = [[_signed(word) for word in pair] for pair in words]
-        r0, r1 = torch.tensor(signed, dtype=torch.int32, device=device).reshape(groups, 2).split(1, dim=1)
+        words = [[_signed(word) for word in kind] for kind in _few_group_words(key0, key1, groups)]
+        r0, r1 = torch.tensor(words, dtype=torch.int32, device=device)[:, :, None]
         return r0, r1
     group = torch.arange(groups, dtype=torch.int64, device=device)
     r0 = _mix_(group.bitwise_xor_(key0))
@@ -138,13 +151,11 @@ def _cpu_constants(cols: int) -> tuple[Tensor, Tensor]:
     return _column_words(cols, device), _row_factors(device)
 
 
-def _hash(columns: Tensor, r0: Tensor, r1: Tensor, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
+def _hash(columns: Tensor, r0: Tensor, r1: Tensor) -> Tensor:
     """u, int32 of shape (groups, cols). ``>>`` on int32 copies the sign, hence the masks after it."""
-    u = torch.add(columns, r0, out=out)
-    carry = torch.bitwise_right_shift(u, 16, out=scratch)
-    u.bitwise_xor_(carry.bitwise_and_(0xFFFF)).mul_(r1)
-    carry = torch.bitwise_right_shift(u, 15, out=scratch)
-    return u.bitwise_xor_(carry.bitwise_and_(0x1FFFF))
+    u = columns + r0
+    u.bitwise_xor_((u >> 16).bitwise_and_(0xFFFF)).mul_(r1)
+    return u.bitwise_xor_((u >> 15).bitwise_and_(0x1FFFF))
 
 
 def keep_mask(seed: int | Tensor, rows: int, cols: int, p: float, device: torch.device | str | None = None) -> Tensor:
@@ -171,6 +182,35 @@ def keep_mask(seed: int | Tensor, rows: int, cols: int, p: float, device: torch.
     return h > threshold(p)
 
 
+@functools.cache
+def _numpy() -> Any:
+    """numpy, or None: torch does not need it, so neither does this package."""
+    try:
+        import numpy
+    except ImportError:
+        return None
+    return numpy
+
+
+@functools.lru_cache(maxsize=32)
+def _numpy_constants(cols: int) -> tuple[Any, Any]:
+    """:func:`_cpu_constants` as uint32 arrays."""
+    columns, factors = _cpu_constants(cols)
+    return columns.numpy().view("uint32"), factors.numpy().view("uint32")
+
+
+def _small_hashes(seed: int, rows: int, cols: int) -> Tensor:
+    """h of a whole mask of few rows, int32 (rows, cols), through numpy."""
+    numpy = _numpy()
+    columns, factors = _numpy_constants(cols)
+    r0, r1 = numpy.array(_few_group_words(*_seed_keys(seed), -(-rows // GROUP)), dtype=numpy.uint32)[:, :, None]
+    u = columns + r0
+    u ^= u >> 16
+    u *= r1
+    u ^= u >> 15
+    return torch.from_numpy((u[:, None] * factors).view(numpy.int32).reshape(-1, cols)[:rows])
+
+
 def part(t: Tensor, start: int, stop: int) -> Tensor:
     """Rows start..stop of t; t itself where that is all of it, for a slice costs as much as a small product."""
     return t if stop - start == t.shape[0] else t[start:stop]
@@ -183,32 +223,34 @@ class BlockMask:
     """
 
     def __init__(self, seed: Tensor, rows: int, cols: int, p: float):
-        self._device = device = seed.device
-        # Python integers cost less than 0-d tensors; reading a GPU's seed would synchronise.
-        words = int(seed) if device.type == "cpu" else seed
-        self._keys = _group_keys(words, -(-rows // GROUP), device)
-        if device.type == "cpu":
-            self._columns, self._factors = _cpu_constants(cols)
-        else:
-            self._columns, self._factors = _column_words(cols, device), _row_factors(device)
         self._threshold = threshold(p)
         self._scratch: tuple[Tensor, Tensor] | None = None
         self._flags: Tensor | None = None
+        self._small: Tensor | None = None
         self.scale = keep_scale(p)
+        self._device = device = seed.device
+        if device.type != "cpu":  # reading the seed would synchronise
+            self._columns, self._factors = _column_words(cols, device), _row_factors(device)
+            self._keys = _group_keys(seed, -(-rows // GROUP), device)
+        elif 0 < rows * cols <= _SMALL and rows <= GROUP * _FEW_GROUPS and _numpy() is not None:
+            self._small = _small_hashes(int(seed), rows, cols)
+        else:
+            self._columns, self._factors = _cpu_constants(cols)
+            self._keys = _group_keys(int(seed), -(-rows // GROUP), device)
 
     def hashes(self, start: int, rows: int) -> Tensor:
         """h, int32 (rows, cols), of the rows start..: what :meth:`zero_dropped` takes.
 
         Lives in the scratch: the next call overwrites it.
         """
+        if self._small is not None:
+            return part(self._small, start, start + rows)
         self._flags = None
         first, skip = divmod(start, GROUP)
         groups = -(-(skip + rows) // GROUP)
-        own, spare = self._blocks(groups * GROUP)
-        # u and its carry lie where the caller's scratch will be: they are done with when h is there.
-        u, carry = part(spare, 0, groups), part(spare, groups, 2 * groups)
         r0, r1 = self._keys
-        _hash(self._columns, part(r0, first, first + groups), part(r1, first, first + groups), out=u, scratch=carry)
+        u = _hash(self._columns, part(r0, first, first + groups), part(r1, first, first + groups))
+        own, _ = self._blocks(groups * GROUP)
         if groups == 1:  # a few rows: theirs alone
             return torch.mul(u, self._factors[skip : skip + rows], out=part(own, 0, rows))
         torch.mul(u[:, None], self._factors, out=part(own, 0, groups * GROUP).view(groups, GROUP, own.shape[1]))

@@ -91,6 +91,9 @@ def shrink(x: Tensor, a: Tensor, mask: BlockMask | None, upcast: bool) -> Tensor
     a_t = _in(a, work).t()
     if mask is None and _tiny(x):
         return _in(torch.mm(_in(x, work), a_t), acc)
+    if mask is not None and _tiny(x):
+        block = _dropped(x, 0, x.shape[0], mask, mask.hashes(0, x.shape[0]), work)
+        return _in(torch.mm(block, a_t), acc).mul_(mask.scale)
     s = x.new_empty(x.shape[0], a.shape[0], dtype=acc)
     for i, j in _row_blocks(x):
         block = _in(part(x, i, j), work) if mask is None else _dropped(x, i, j, mask, mask.hashes(i, j - i), work)

@@ -11,7 +11,7 @@ import torch
 from accuracy import STRATEGIES, Case, block_sizes, make_inputs, run
 from torch import nn
 
-from fused_lora import lora_linear, reference, vendor
+from fused_lora import dropout, lora_linear, reference, vendor
 from fused_lora.dropout import GOLDEN, GROUP, MIX1, MIX2, STEP, BlockMask, keep_mask, keep_scale
 
 WORD = 0xFFFFFFFF
@@ -286,9 +286,17 @@ def applied(mask: BlockMask, start: int, rows: int, cols: int, dtype: torch.dtyp
     return mask.zero_dropped(block, mask.hashes(start, rows), out=block)
 
 
+@pytest.fixture(params=["numpy", "torch"])
+def maker(request, monkeypatch):
+    """What makes a small mask: numpy, or torch, as where there is no numpy."""
+    if request.param == "torch":
+        monkeypatch.setattr(dropout, "_numpy", lambda: None)
+    return request.param
+
+
 @pytest.mark.parametrize("seed", [0, 123456789, -1, 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("rows", [1, 7, 16, 128, 129])
-def test_the_words_of_a_few_rows_are_those_of_many(rows, seed):
+def test_the_words_of_a_few_rows_are_those_of_many(rows, seed, maker):
     """Python's integers make them for few rows, operators for many: the same bits."""
     mask = BlockMask(torch.tensor(seed), rows, 40, 0.3)
     assert torch.equal(applied(mask, 0, rows, 40, torch.float32) == 1, keep_mask(seed, 256, 40, 0.3)[:rows])
@@ -296,7 +304,7 @@ def test_the_words_of_a_few_rows_are_those_of_many(rows, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("start", "rows"), [(0, 50), (0, 8), (3, 2), (5, 9), (13, 37), (49, 1), (50, 0)])
-def test_any_block_of_the_mask_is_that_part_of_the_whole(start, rows, dtype):
+def test_any_block_of_the_mask_is_that_part_of_the_whole(start, rows, dtype, maker):
     """Also where a block begins or ends inside a group of rows."""
     mask = BlockMask(torch.tensor(21), 50, 33, 0.4)
     whole = keep_mask(21, 50, 33, 0.4)
@@ -304,7 +312,7 @@ def test_any_block_of_the_mask_is_that_part_of_the_whole(start, rows, dtype):
         assert torch.equal(applied(mask, start, rows, 33, dtype), whole[start : start + rows].to(dtype))
 
 
-def test_zeroing_leaves_the_block_alone_unless_told_and_takes_inf_and_nan():
+def test_zeroing_leaves_the_block_alone_unless_told_and_takes_inf_and_nan(maker):
     mask, keep = BlockMask(torch.tensor(4), 24, 16, 0.5), keep_mask(4, 24, 16, 0.5)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for value in (3.0, math.inf, -math.inf, math.nan, -0.0):
