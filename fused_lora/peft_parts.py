@@ -51,7 +51,7 @@ SEVERAL_DTYPES = (
 )
 SEVERAL_COMPILE = "several active adapters trained with dropout are fused in eager mode only"
 SEVERAL_DORA = "several adapters are active and one of them is DoRA"
-MIXED = "adapter_names is fused only without gradients, dropout and variants, for a list that fits the batch"
+MIXED = "adapter_names is fused only without torch.compile, dropout and variants, for a list that fits the batch"
 INPUT = "x is not a plain dense tensor of the layer's width on the weights' device"
 TRANSFORM = "a functorch transform, forward-mode AD, a dispatch mode or a tracer is active"
 DORA_TORCH = "dropout='torch' is asked for, and DoRA runs its base layer on the dropped x"
@@ -296,9 +296,10 @@ def branches_dtype(layer: Any, parts: Parts, x_dtype: torch.dtype) -> torch.dtyp
     return dtype
 
 
-def route_mixed(layer: Any, x: Any, names: Any) -> Parts | str:
-    """The parts (one branch per adapter in ``names``) of a mixed batch, or the reason for PEFT's forward."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(names, (list, tuple)):
+def route_mixed(layer: Any, x: Any, names: Any) -> tuple[Parts, torch.dtype] | str:
+    """The parts (one branch per adapter in ``names``) of a mixed batch and the compute dtype, or the reason for
+    PEFT's forward."""
+    if torch.compiler.is_compiling() or not isinstance(names, (list, tuple)):
         return MIXED
     parts = parts_of(layer, dict.fromkeys(names))
     if isinstance(parts, str):
@@ -306,9 +307,11 @@ def route_mixed(layer: Any, x: Any, names: Any) -> Parts | str:
     refusal = _input_refusal(x, parts)
     if refusal is not None or x.dim() < 2 or x.shape[0] != len(names):
         return refusal or MIXED
+    dtype = None
     for branch in parts.branches:
         if branch.p or branch.magnitude is not None:
             return MIXED
-        if compute_dtype(x.dtype, parts.weight.dtype, branch.a.dtype, x.device.type, True) is None:
+        dtype = compute_dtype(x.dtype, parts.weight.dtype, branch.a.dtype, x.device.type, True)
+        if dtype is None:
             return DTYPES
-    return parts
+    return MIXED if dtype is None else (parts, dtype)

@@ -90,7 +90,7 @@ def _gradients(
     if needs[0]:
         first, w = _plan(rows, weight, factors[0].shape[0], constants, b.dtype), pieces.operand(plan, weight)
         dx, _ = pieces.grad_xa(first, dy, None, w, parts[0].contiguous(), factors[0], masks[0], x.dtype)
-        _add_dropped(dx, parts[1:], factors[1:], masks[1:])
+        add_lowrank(dx, parts[1:], factors[1:], masks[1:])
         dx = dx.reshape(x.shape)
     for i, (a, part, mask) in enumerate(zip(factors, parts, masks, strict=True)):
         if needs[6 + i]:
@@ -103,7 +103,7 @@ def _gradients(
     return dx, None, dbias, db, dlora_bias, None, *das
 
 
-def _add_dropped(
+def add_lowrank(
     dx: Tensor, parts: Sequence[Tensor], factors: Sequence[Tensor], masks: Sequence[pieces.Mask | None]
 ) -> None:
     """dx += Σ dropᵢ'(dsᵢ Aᵢ), in place, the sum in the accumulation dtype and rounded once."""

@@ -286,7 +286,7 @@ def test_double_backward(config, p, monkeypatch):
         torch.testing.assert_close(ours, plain)  # float64 on both sides
 
 
-def kept_bytes(model, x, autocast=None):
+def kept_bytes(model, x, autocast=None, **kwargs):
     """Bytes a forward keeps for its backward beside the parameters, in units of x."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {}
@@ -299,7 +299,8 @@ def kept_bytes(model, x, autocast=None):
 
     casts = torch.autocast("cpu", autocast or BF16, enabled=autocast is not None)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), casts:
-        model.base_model.model.q(x), model.base_model.model.k(x), model.base_model.model.v(x)
+        for layer in layers(model):
+            layer(x, **kwargs)
     return sum(s.nbytes() for s in storages.values()) / x.nbytes
 
 

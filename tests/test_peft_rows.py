@@ -28,6 +28,15 @@ SITUATIONS = """
     peft_mixed::mixed_batches
     peft_mixed::mixed_batches_keep_adapters_apart
     peft_mixed::mixed_batches_that_peft_must_decide
+    peft_mixed::mixed_batches_on_peft_s_forward
+    peft_mixed::mixed_batches_with_another_scaling
+    peft_mixed::gradients_of_mixed_batches
+    peft_mixed::gradients_of_mixed_batches_of_any_shape
+    peft_mixed::gradients_of_mixed_batches_that_are_asked_for
+    peft_mixed::second_derivatives_of_mixed_batches
+    peft_mixed::checkpointed_mixed_batches
+    peft_mixed::compiled_mixed_batches
+    peft_mixed::kept_bytes_of_mixed_batches
 4: several active adapters
     peft_numerics::accuracy_rule[several]
     peft_numerics::accuracy_rule[several-one-rank]
