@@ -199,16 +199,17 @@ def _numpy_constants(cols: int) -> tuple[Any, Any]:
     return columns.numpy().view("uint32"), factors.numpy().view("uint32")
 
 
-def _small_hashes(seed: int, rows: int, cols: int) -> Tensor:
-    """h of a whole mask of few rows, int32 (rows, cols), through numpy."""
+def _small_dropped(seed: int, rows: int, cols: int, p: float) -> Tensor:
+    """Where a whole mask of few rows drops, bool (rows, cols), through numpy."""
     numpy = _numpy()
     columns, factors = _numpy_constants(cols)
-    r0, r1 = numpy.array(_few_group_words(*_seed_keys(seed), -(-rows // GROUP)), dtype=numpy.uint32)[:, :, None]
+    r0, r1 = numpy.array(_few_group_words(*_seed_keys(seed), -(-rows // GROUP)), numpy.uint32)[:, :, None]
     u = columns + r0
     u ^= u >> 16
     u *= r1
     u ^= u >> 15
-    return torch.from_numpy((u[:, None] * factors).view(numpy.int32).reshape(-1, cols)[:rows])
+    dropped = (u[:, None] * factors).view(numpy.int32) <= threshold(p)
+    return torch.from_numpy(dropped.reshape(-1, cols)[:rows])
 
 
 def part(t: Tensor, start: int, stop: int) -> Tensor:
@@ -223,23 +224,23 @@ class BlockMask:
     """
 
     def __init__(self, seed: Tensor, rows: int, cols: int, p: float):
-        self._threshold = threshold(p)
         self._scratch: tuple[Tensor, Tensor] | None = None
-        self._flags: Tensor | None = None
         self._small: Tensor | None = None
         self.scale = keep_scale(p)
         self._device = device = seed.device
-        if device.type != "cpu":  # reading the seed would synchronise
-            self._columns, self._factors = _column_words(cols, device), _row_factors(device)
-            self._keys = _group_keys(seed, -(-rows // GROUP), device)
-        elif 0 < rows * cols <= _SMALL and rows <= GROUP * _FEW_GROUPS and _numpy() is not None:
-            self._small = _small_hashes(int(seed), rows, cols)
-        else:
-            self._columns, self._factors = _cpu_constants(cols)
-            self._keys = _group_keys(int(seed), -(-rows // GROUP), device)
+        on_cpu = device.type == "cpu"
+        if on_cpu and 0 < rows * cols <= _SMALL and rows <= GROUP * _FEW_GROUPS and _numpy() is not None:
+            self._small = _small_dropped(int(seed), rows, cols, p)
+            return
+        # On a CPU as Python's integers, which cost less than 0-d tensors; to read a GPU's seed would synchronise.
+        self._keys = _group_keys(int(seed) if on_cpu else seed, -(-rows // GROUP), device)
+        constants = _cpu_constants(cols) if on_cpu else (_column_words(cols, device), _row_factors(device))
+        self._columns, self._factors = constants
+        self._threshold = threshold(p)
+        self._flags: Tensor | None = None
 
     def hashes(self, start: int, rows: int) -> Tensor:
-        """h, int32 (rows, cols), of the rows start..: what :meth:`zero_dropped` takes.
+        """What :meth:`zero_dropped` takes for the rows start..: h, int32 (rows, cols), or where they drop if small.
 
         Lives in the scratch: the next call overwrites it.
         """
@@ -280,6 +281,10 @@ class BlockMask:
 
         Words are zeroed, not numbers multiplied: a dropped Inf or NaN becomes 0 as well.
         """
+        if self._small is not None:
+            if out is None:
+                return block.masked_fill(hashes, 0.0)
+            return (out if out is block else out.copy_(block)).masked_fill_(hashes, 0.0)
         size = block.element_size()
         words = block.view(_WORD_OF_SIZE[size])
         target = torch.empty_like(words) if out is None else out.view(words.dtype)

@@ -22,10 +22,13 @@ class Mask:
 
     def __init__(self, seed: Tensor, rows: int, cols: int, p: float):
         self._seed, self._rows, self._cols, self._p = seed, rows, cols, p
+        self._blocks: BlockMask | None = None
 
-    @functools.cached_property
+    @property
     def blocks(self) -> BlockMask:
-        return BlockMask(self._seed, self._rows, self._cols, self._p)
+        if self._blocks is None:  # not cached_property: until Python 3.12 that takes a lock
+            self._blocks = BlockMask(self._seed, self._rows, self._cols, self._p)
+        return self._blocks
 
     @functools.cached_property
     def drop(self) -> Any:
