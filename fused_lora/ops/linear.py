@@ -48,14 +48,15 @@ def _factor(scale: float, scale_tensor: Tensor | None) -> float | Tensor:
     return scale_tensor if scale == 1.0 else scale_tensor * scale
 
 
-def _lowers(plan: Plan, x_dtype: torch.dtype) -> bool:
-    """Whether the branch runs in autocast's dtype, as the plain layer's does under autocast.
+def _lowers(plan: Plan, x_dtype: torch.dtype, weight: Tensor | None) -> bool:
+    """Whether the branch runs in autocast's dtype, as the plain layer's does under autocast (x or weight tells of it).
 
     On a CPU alone, where products of float32 take several times as long as bfloat16's; kernels lose no time by float32.
     """
     facts = plan.facts
     return (
-        x_dtype != facts.dtype == torch.bfloat16 != facts.adapter_dtype
+        (x_dtype != facts.dtype or (weight is not None and weight.dtype != facts.dtype))
+        and facts.dtype == torch.bfloat16 != facts.adapter_dtype
         and plan.strategy == "torch"
         and facts.device.type == "cpu"
         and not plan.upcast
@@ -94,7 +95,7 @@ def _forward(
     mask = None if seed is None else pieces.Mask(seed, rows.shape[0], K, p)
     with _without_autocast(x.device):
         rows = pieces.operand(plan, rows)
-        if _lowers(plan, x.dtype):
+        if _lowers(plan, x.dtype, weight):
             rows, a, b = rows.to(dtype), a.to(dtype), b.to(dtype)
             lora_bias = None if lora_bias is None else lora_bias.to(dtype)
         s = pieces.shrink(plan, rows, a, mask)
@@ -139,12 +140,11 @@ def _backward(
             dbias = total.to(bias_dtype) if need_bias else None
             dlora_bias = (total * factor).to(adapter_dtype) if need_lora_bias else None
         need_ds = need_x or need_a
-        lowers, plan_b = _lowers(plan, x_dtype), plan
-        if lowers:
-            plan_b = plan_for(M, N, in_features, rank, dy.dtype, dy.dtype, p > 0.0, dy.device, strategy)
-            a, b = (None if factor_ is None else factor_.to(dy.dtype) for factor_ in (a, b))
+        if lowers := _lowers(plan, x_dtype, weight):
+            plan = plan_for(M, N, in_features, rank, dy.dtype, dy.dtype, p > 0.0, dy.device, strategy)
+            x, a, b = (None if t is None else t.to(dy.dtype) for t in (x, a, b))
         if need_ds or need_b:
-            ds, db = pieces.grad_b(plan_b, dy, b if need_ds else None, s if need_b else None, factor)
+            ds, db = pieces.grad_b(plan, dy, b if need_ds else None, s if need_b else None, factor)
         mask = None if seed is None else pieces.Mask(seed, M, in_features, p)
         rows = None
         if need_a:
