@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import inject
+from .checks import check_module
 from .layer import LoRALayer, default_adapter_dtype, is_transformers_conv1d
 
 if TYPE_CHECKING:
@@ -90,8 +91,7 @@ def look(model: nn.Module, task: str | None, *, any_task: bool = False) -> Targe
         TypeError: not a module; ``task`` for a model without tasks.
         ValueError: tasks.Model without ``task``; the model itself is one layer, which has no name.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     model = unwrap(model)
     # Not isinstance: importing tasks takes a while, and who has such a model has imported it.
     if any(kind.__module__ == f"{__package__}.tasks" for kind in type(model).__mro__):

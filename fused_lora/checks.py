@@ -1,16 +1,52 @@
-"""What the operator refuses, before any work: the argument checks of ``lora_linear`` and ``explain``.
+"""What is refused before any work: the argument checks of ``lora_linear`` and ``explain``, and of whoever takes a
+number, a switch or a module.
 
 x (..., K)   weight (N, K)   bias (N,)   lora_a (R, K)   lora_b (N, R)   lora_bias (N,)
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _LARGEST_SCALE = torch.finfo(torch.float32).max
+
+
+def as_number(value: Any, name: str) -> float:
+    """``value`` as a float, infinite where it is too large for one; raise ``TypeError`` unless it is a number."""
+    try:
+        if isinstance(value, (str, bytes, bytearray)):  # float() would read it
+            raise TypeError
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    except (TypeError, ValueError, RuntimeError):  # a tensor of several elements among them
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}: use float()") from None
+
+
+def check_switch(value: Any, name: str) -> bool:
+    """``value`` as a bool; raise ``TypeError`` where it is neither true nor false: the string "no" would be true."""
+    if type(value) is not bool and (isinstance(value, (str, bytes)) or value not in (True, False)):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")
+    return bool(value)
+
+
+def check_module(value: Any, name: str = "model") -> None:
+    """Raise ``TypeError`` unless ``value`` is a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be an nn.Module, got {type(value).__name__}: pass the module itself")
+
+
+def check_dtypes(**dtypes: Any) -> None:
+    """Raise ``TypeError`` unless a layer can compute in each; None leaves the choice to the layer."""
+    for name, dtype in dtypes.items():
+        if dtype is not None and dtype not in _FLOATS:
+            raise TypeError(f"{name} must be one of {', '.join(map(str, _FLOATS))}, got {dtype!r}")
 
 
 def autocasting(device_type: str) -> bool:

@@ -23,6 +23,7 @@ from .adapter_files import AdapterError, StoredTensor
 from .adapter_models import Place, look
 from .adapters import load_into
 from .convolution import LoRAConv
+from .layer import check_alpha
 
 __all__ = ["load_loralib", "load_torchtune", "to_loralib", "to_torchtune"]
 
@@ -68,8 +69,10 @@ def load_loralib(
         task, overwrite_base: as in :func:`load_adapter`.
 
     Raises:
+        TypeError, ValueError: lora_alpha is not a finite number; the state dict does not hold tensors by name.
         AdapterError: as :func:`load_adapter`; a convolution, which loralib factors in another way.
     """
+    check_alpha(lora_alpha)
     merged = dict(enable_lora or {})
     factors, rest = _split(state_dict, _LORALIB)
     alphas = {}
@@ -102,8 +105,10 @@ def load_torchtune(
         task, overwrite_base: as in :func:`load_adapter`.
 
     Raises:
+        TypeError, ValueError: lora_alpha is not a finite number; the state dict does not hold tensors by name.
         AdapterError: as :func:`load_adapter`.
     """
+    check_alpha(lora_alpha)
     factors, rest = _split(state_dict, _TORCHTUNE)
     if rename is not None:
         factors = {rename(path): parts for path, parts in factors.items()}
@@ -114,6 +119,7 @@ def to_loralib(model: nn.Module, *, lora_alpha: float, task: str | None = None) 
     """The LoRA layers as loralib's ``lora_state_dict`` gives them, for layers made there with ``lora_alpha``.
 
     Raises:
+        TypeError, ValueError: lora_alpha is not a finite number; there is no LoRA layer.
         AdapterError: a layer whose scale is not lora_alpha / r; a convolution, which loralib factors in another way.
     """
     return {
@@ -127,6 +133,7 @@ def to_torchtune(model: nn.Module, *, lora_alpha: float, task: str | None = None
     """The LoRA layers as torchtune's ``get_adapter_state_dict`` gives them, for layers with ``alpha=lora_alpha``.
 
     Raises:
+        TypeError, ValueError: lora_alpha is not a finite number; there is no LoRA layer.
         AdapterError: a layer whose scale is not lora_alpha / r, or that is not linear.
     """
     return {
@@ -143,6 +150,7 @@ def _refuse(place: Place, refused: bool, reason: str) -> bool:
 
 
 def _factors(model: nn.Module, lora_alpha: float, task: str | None) -> Iterator[tuple[Place, str, Tensor]]:
+    check_alpha(lora_alpha)
     target = look(model, task)
     if target.kind not in ("lora", "task"):
         raise ValueError("there is no LoRA layer in this model" + (f" for task {task!r}" if task else ""))
@@ -217,8 +225,6 @@ def _load(
 ) -> nn.Module:
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias must be none, all or lora_only, got {bias!r}")
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
     places = look(model, task).places
     state, ranks = {f"{PREFIX}{key}": value for key, value in rest.items()}, {}
     for path, parts in factors.items():

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_dtypes
 from .layer import LoRALayer
 
 _Layer = TypeVar("_Layer", bound="LoRAConv")
@@ -89,6 +90,7 @@ class LoRAConv(LoRALayer):
         adapter_dtype: torch.dtype | None = None,
     ):
         super().__init__(r, lora_alpha, lora_dropout, use_rslora)
+        check_dtypes(dtype=dtype, adapter_dtype=adapter_dtype)
         settings = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         self._adopt(self._wraps(*settings, device=device, dtype=dtype), adapter_dtype, init_lora_weights)
 

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import as_number
+
 GOLDEN = 0x9E3779B1  # odd, 2**32 / golden ratio: neighbouring columns start far apart
 MIX1 = 0x7FEB352D  # the multipliers of Wellons' lowbias32 integer hash
 MIX2 = 0x846CA68B
@@ -40,11 +42,15 @@ _FEW_GROUPS = 16
 _SMALL = 1 << 13
 
 
-def check_p(p: float) -> float:
-    """Return ``p`` as a float; raise ``ValueError`` unless it is in [0, 1]."""
-    p = float(p)
+def check_p(p: float, name: str = "dropout_p") -> float:
+    """Return ``p`` as a float; raise ``TypeError`` unless it is a number, ``ValueError`` unless it is in [0, 1].
+
+    ``name``: what the caller's argument is called.
+    """
+    if type(p) is not float:  # asked in every call, and this costs less than float(p)
+        p = as_number(p, name)
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1], got {p}; pass 0.0 for no dropout")
+        raise ValueError(f"{name} must be in [0, 1], got {p}; pass 0.0 for no dropout")
     return p
 
 

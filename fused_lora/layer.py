@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import _FLOATS, autocasting
+from .checks import as_number, autocasting, check_dtypes, check_switch
 from .dropout import check_p
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -43,15 +44,25 @@ def lora_scale(r: int, lora_alpha: float, use_rslora: bool) -> float:
         TypeError: r is not an int, or lora_alpha not a number.
         ValueError: r below 1; lora_alpha not finite.
     """
-    if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"r must be an int, got {type(r).__name__} {r!r}")
-    if r < 1:
-        raise ValueError(f"r must be at least 1, got {r}")
-    if not isinstance(lora_alpha, numbers.Real):
-        raise TypeError(f"lora_alpha must be a number, got {type(lora_alpha).__name__} {lora_alpha!r}")
-    if not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
+    check_rank(r)
+    check_alpha(lora_alpha)
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def check_rank(r: int, name: str = "r", least: int = 1) -> None:
+    """Raise ``TypeError`` unless the rank is an int, ``ValueError`` where it is below ``least``."""
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"{name} must be an int, got {type(r).__name__} {r!r}")
+    if r < least:
+        raise ValueError(f"{name} must be at least {least}{'' if least else ' (0: no LoRA)'}, got {r}")
+
+
+def check_alpha(lora_alpha: float, name: str = "lora_alpha") -> None:
+    """Raise ``TypeError`` unless lora_alpha is a number, ``ValueError`` unless it is finite."""
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(lora_alpha).__name__} {lora_alpha!r}")
+    if not abs(lora_alpha) <= sys.float_info.max:  # math.isfinite fails on an int that no float holds
+        raise ValueError(f"{name} must be finite, got {lora_alpha}")
 
 
 def check_init(init_lora_weights: bool | str) -> bool | str:
@@ -109,7 +120,7 @@ class LoRALayer(nn.Module):
         self._scale = lora_scale(r, lora_alpha, use_rslora)
         self.r = r
         self.lora_alpha = lora_alpha
-        self.lora_dropout = check_p(lora_dropout)
+        self.lora_dropout = check_p(lora_dropout, "lora_dropout")
         self.use_rslora = use_rslora
         self._enabled = True
         self.register_parameter("magnitude", None)
@@ -121,8 +132,8 @@ class LoRALayer(nn.Module):
         self._read_base(base)
         self._shell = (_hollow_copy(base),)
         self.weight, self.bias = base.weight, getattr(base, "bias", None)  # type: ignore[assignment]
-        if adapter_dtype is not None and adapter_dtype not in _FLOATS:
-            raise TypeError(f"adapter_dtype must be one of {', '.join(map(str, _FLOATS))}, got {adapter_dtype!r}")
+        check_dtypes(**{f"the dtype of the {type(base).__name__}'s weight": self.weight.dtype})
+        check_dtypes(adapter_dtype=adapter_dtype)
         device, dtype = self.weight.device, adapter_dtype or default_adapter_dtype(self.weight.dtype)
         shape_a, shape_b = self._factor_shapes()
         self.lora_a = nn.Parameter(torch.empty(shape_a, device=device, dtype=dtype))
@@ -196,9 +207,10 @@ class LoRALayer(nn.Module):
         """Use ``scale`` from now on, merged or not; compiled graphs see it without recompiling. ``lora_alpha`` follows.
 
         Raises:
+            TypeError: scale is not a number.
             ValueError: scale is not finite.
         """
-        scale = float(scale)
+        scale = as_number(scale, "scale")
         if not math.isfinite(scale):
             raise ValueError(f"scale must be finite, got {scale}")
         self._scale = scale
@@ -210,6 +222,7 @@ class LoRALayer(nn.Module):
         """Use lora_alpha / r (rsLoRA: / √r) as the scale from now on.
 
         Raises:
+            TypeError: lora_alpha is not a number.
             ValueError: lora_alpha is not finite.
         """
         self.set_scale(lora_scale(self.r, lora_alpha, self.use_rslora))
@@ -222,7 +235,7 @@ class LoRALayer(nn.Module):
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._enabled = bool(value)
+        self._enabled = check_switch(value, "enabled")
 
     @property
     def merged(self) -> bool:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .checks import check_operands
+from .checks import check_dtypes, check_operands
 from .dora import Adapter, Norms, dora_formula, dora_forward, row_norms
 from .layer import LoRALayer, check_init, default_adapter_dtype, is_transformers_conv1d, lora_scale
 from .ops.linear import _transformed, lora_linear
@@ -45,7 +45,7 @@ class LoRALinear(LoRALayer):
 
     Raises:
         TypeError, ValueError: r is not an int of at least 1; lora_alpha not finite; lora_dropout outside [0, 1]; an
-            unknown init_lora_weights.
+            unknown init_lora_weights; a dtype that is not one of float64, float32, bfloat16, float16.
 
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """
@@ -67,6 +67,7 @@ class LoRALinear(LoRALayer):
         adapter_dtype: torch.dtype | None = None,
     ):
         super().__init__(r, lora_alpha, lora_dropout, use_rslora)
+        check_dtypes(dtype=dtype, adapter_dtype=adapter_dtype)
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._adopt(linear, adapter_dtype, init_lora_weights)
         if use_dora:
@@ -219,7 +220,8 @@ class LoRAEmbedding(LoRALayer):
     Shapes: i (...) of integers -> (..., D) in the dtype of weight.
 
     Raises:
-        TypeError, ValueError: r is not an int of at least 1; lora_alpha not finite; an unknown init_lora_weights.
+        TypeError, ValueError: r is not an int of at least 1; lora_alpha not finite; an unknown init_lora_weights; a
+            dtype that is not one of float64, float32, bfloat16, float16.
 
     Source: Hu et al., LoRA, arXiv 2106.09685; the branch as in Microsoft's loralib and PEFT.
     """
@@ -240,6 +242,7 @@ class LoRAEmbedding(LoRALayer):
         adapter_dtype: torch.dtype | None = None,
     ):
         super().__init__(r, lora_alpha, 0.0, use_rslora)
+        check_dtypes(dtype=dtype, adapter_dtype=adapter_dtype)
         embedding = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
         embedding.scale_grad_by_freq = scale_grad_by_freq
         self._adopt(embedding, adapter_dtype, init_lora_weights)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .checks import _FLOATS, check_module, check_switch
 from .modules import default_adapter_dtype, lora_scale
 
 
@@ -28,7 +29,9 @@ class LoRAParametrization(nn.Module):
 
     def __init__(self, weight: Tensor, r: int = 8, lora_alpha: float = 16, *, use_rslora: bool = False):
         super().__init__()
-        if not weight.is_floating_point() or weight.dim() < 2:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight must be a tensor, got {type(weight).__name__}: pass the parameter itself")
+        if weight.dtype not in _FLOATS or weight.dim() < 2:
             raise ValueError(
                 "LoRA needs a floating weight of two or more dimensions, "
                 f"got {weight.dtype} of shape {tuple(weight.shape)}"
@@ -73,9 +76,11 @@ def lora_parametrize(
         r, lora_alpha, use_rslora: rank and scale, as in :class:`fused_lora.LoRALinear`.
 
     Raises:
+        TypeError: not a module; r not an int, lora_alpha not a number.
         ValueError: no such parameter; it already carries LoRA; a shape or dtype LoRA cannot take; r or lora_alpha out
             of range.
     """
+    check_module(module, "module")
     if any(True for _ in _lora_parametrizations(module, tensor_name)):
         raise ValueError(
             f"{type(module).__name__}.{tensor_name} already carries LoRA: remove it first with lora_unparametrize"
@@ -101,8 +106,10 @@ def lora_unparametrize(module: nn.Module, tensor_name: str = "weight", *, merge:
     The parameter stays frozen (``requires_grad`` False).
 
     Raises:
+        TypeError: not a module.
         ValueError: the parameter does not carry LoRA, or carries other parametrizations too.
     """
+    check_module(module, "module")
     found = list(_lora_parametrizations(module, tensor_name))
     if not found:
         raise ValueError(f"{type(module).__name__}.{tensor_name} does not carry LoRA")
@@ -120,10 +127,15 @@ def set_lora_enabled(model: nn.Module, enabled: bool) -> int:
     """Switch every LoRA parametrization inside ``model`` on or off; return how many there are.
 
     Off, the weights are the base's bit for bit.
+
+    Raises:
+        TypeError: not a module; ``enabled`` not a bool.
     """
+    check_module(model)
+    enabled = check_switch(enabled, "enabled")
     found = [m for m in model.modules() if isinstance(m, LoRAParametrization)]
     for parametrization in found:
-        parametrization.enabled = bool(enabled)
+        parametrization.enabled = enabled
     return len(found)
 
 

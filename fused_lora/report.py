@@ -8,20 +8,33 @@ from typing import NamedTuple
 
 from torch import nn
 
+from .checks import check_module
 from .layer import LoRALayer
 from .parametrize import LoRAParametrization
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """(name, layer) of every LoRA layer in ``model``, each once."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALayer):
-            yield name, module
+    """(name, layer) of every LoRA layer in ``model``, each once.
+
+    Raises:
+        TypeError: not a module.
+    """
+    check_module(model)  # now, and not when the first layer is asked for
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer))
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """lora_a and lora_b (of DoRA, magnitude too) of every LoRA layer and LoRA parametrization, each once: what an
-    optimizer takes (with ``bias="none"``)."""
+    optimizer takes (with ``bias="none"``).
+
+    Raises:
+        TypeError: not a module.
+    """
+    check_module(model)
+    return _factors(model)
+
+
+def _factors(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, LoRALayer):
             yield from module.trained()
@@ -43,7 +56,12 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count the elements of the model's parameters, see :class:`ParameterCount`."""
+    """Count the elements of the model's parameters, see :class:`ParameterCount`.
+
+    Raises:
+        TypeError: not a module.
+    """
+    check_module(model)
     parameters = list(model.parameters())
     return ParameterCount(
         sum(p.numel() for p in parameters),
@@ -84,7 +102,11 @@ class LoRAReport:
 
 
 def lora_report(model: nn.Module) -> LoRAReport:
-    """The LoRA layers of a model with rank, scale and size, and the totals; ``print`` it."""
+    """The LoRA layers of a model with rank, scale and size, and the totals; ``print`` it.
+
+    Raises:
+        TypeError: not a module.
+    """
     rows = []
     for layer, names in _named(model).items():
         if isinstance(layer, LoRALayer):
@@ -100,8 +122,7 @@ def _named(model: nn.Module) -> dict[nn.Module, list[str]]:
     Raises:
         TypeError: not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import inject, task_state
+from .checks import check_module
 from .config import LoRAConfig
 from .task_layer import TaskLayer
 from .task_positions import MadeInside
@@ -75,8 +76,7 @@ class Model(nn.Module):
         **settings: Any,
     ):
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        check_module(model)
         _check_settings(settings, (*_CHOICE, *_SHAPE))
         self._everything = target_modules is None
         self._config = LoRAConfig(

@@ -119,7 +119,7 @@ class TestSurface:
     def test_refusals(self):
         with pytest.raises(ValueError, match="r must be at least 0"):
             lora.Linear(K, N, r=-1)
-        with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\], got 1.5"):
+        with pytest.raises(ValueError, match=r"lora_dropout must be in \[0, 1\], got 1.5"):
             lora.Linear(K, N, r=R, lora_dropout=1.5)
         with pytest.raises(ValueError, match="enable_lora must divide out_features=36, got 5"):
             lora.MergedLinear(K, N, r=R, enable_lora=[True] * 5)

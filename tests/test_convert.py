@@ -163,9 +163,11 @@ def test_arguments():
     for wrong in ([], {"a": 1}, {1: torch.ones(1)}):
         with pytest.raises(TypeError, match="state dict"):
             load_loralib(make_net(), wrong, lora_alpha=1)
-    for wrong in (float("nan"), "1", True):
-        with pytest.raises(ValueError, match="lora_alpha"):
+    for wrong, error in ((float("nan"), ValueError), ("1", TypeError), (True, TypeError), (None, TypeError)):
+        with pytest.raises(error, match="lora_alpha must be"):
             load_torchtune(make_net(), {}, lora_alpha=wrong)
+        with pytest.raises(error, match="lora_alpha must be"):
+            load_loralib(make_net(), {}, lora_alpha=wrong)
     with pytest.raises(ValueError, match="bias"):
         load_loralib(make_net(), {}, lora_alpha=1, bias="some")
     with pytest.raises(ValueError, match="no LoRA layer"):

@@ -85,6 +85,13 @@ DTYPES = {
     "a string for scale": ({"scale": "2"}, "scale must be a float or a 0-d tensor, got str"),
     "None for scale": ({"scale": None}, "scale must be a float or a 0-d tensor, got NoneType"),
 }
+DTYPES |= {
+    f"dropout a {type(p).__name__}": (
+        {"dropout_p": p},
+        rf"dropout_p must be a number, got {type(p).__name__} .*use float\(\)",
+    )
+    for p in ("0.5", None, [0.5], 0.5j, torch.zeros(2))
+}
 VALUES = {
     "dropout below 0": ({"dropout_p": -0.1}, r"dropout_p must be in \[0, 1\], got -0.1; pass 0.0 for no dropout"),
     "dropout above 1": ({"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\], got 1.5"),

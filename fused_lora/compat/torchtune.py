@@ -21,6 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_module
+from ..dropout import check_p
+from ..layer import check_alpha, check_rank
 from . import route
 
 # Where torchao keeps NF4, newest first.
@@ -56,7 +59,9 @@ class LoRALinear(nn.Module):
     Shapes: x (..., K) -> (..., N).
 
     Raises:
-        ValueError: rank below 1; dropout outside [0, 1]; quantization arguments without ``quantize_base``.
+        TypeError: rank is not an int; alpha or dropout not a number.
+        ValueError: rank below 1; alpha not finite; dropout outside [0, 1]; quantization arguments without
+            ``quantize_base``.
         ImportError: ``quantize_base`` without torchao.
     """
 
@@ -75,8 +80,9 @@ class LoRALinear(nn.Module):
         **quantization_kwargs: Any,
     ):
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}")
+        check_rank(rank, "rank")
+        check_alpha(alpha, "alpha")
+        dropout = check_p(dropout, "dropout")
         if not quantize_base and any(quantization_kwargs.values()):
             raise ValueError(
                 f"``quantize_base`` is False, but received the following quantization arguments: {quantization_kwargs}"
@@ -136,8 +142,10 @@ def get_adapter_params(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that the ``adapter_params()`` of the model's modules name, by their names in the model.
 
     Raises:
+        TypeError: not a module.
         ValueError: a module names a parameter that it does not have.
     """
+    check_module(model)
     found = {}
     for path, module in model.named_modules():
         named = dict(module.named_parameters())
@@ -149,7 +157,12 @@ def get_adapter_params(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def set_trainable_params(model: nn.Module, adapter_params: Container[str]) -> None:
-    """Train the parameters whose names are in ``adapter_params`` and freeze all others."""
+    """Train the parameters whose names are in ``adapter_params`` and freeze all others.
+
+    Raises:
+        TypeError: not a module.
+    """
+    check_module(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in adapter_params)
 
@@ -170,9 +183,12 @@ def get_merged_lora_ckpt(
     a model whose state dict it is keeps its weights. ``use_distributed_barriers``: keep the ranks together.
 
     Raises:
-        ValueError: a key of an adapter that is neither (LoRA on experts), or a layer without its other factor or its
-            weight. The dict is then as it was.
+        TypeError: rank is not an int, alpha not a number.
+        ValueError: rank below 1, alpha not finite; a key of an adapter that is neither (LoRA on experts), or a layer
+            without its other factor or its weight. The dict is then as it was.
     """
+    check_rank(rank, "rank")
+    check_alpha(alpha, "alpha")
     prefixes = [name.removesuffix("lora_a.weight") for name in state_dict if f".{name}".endswith(".lora_a.weight")]
     needed = [prefix + part for prefix in prefixes for part in ("weight", "lora_a.weight", "lora_b.weight")]
     known = {*needed, *(prefix + "magnitude" for prefix in prefixes)}
@@ -197,7 +213,12 @@ def get_merged_lora_ckpt(
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Run the model's adapter modules as their base layers inside the ``with``, and as they were before after it."""
+    """Run the model's adapter modules as their base layers inside the ``with``, and as they were before after it.
+
+    Raises:
+        TypeError: not a module.
+    """
+    check_module(model)
     modules: list[Any] = [m for m in model.modules() if isinstance(m, AdapterModule) and hasattr(m, "disabled")]
     before = [module.disabled for module in modules]
     for module in modules:
@@ -216,8 +237,10 @@ def fuse(model: nn.Module) -> int:
     are. Call it before ``fully_shard``, which changes the class again; sharded layers are left alone.
 
     Raises:
+        TypeError: not a module.
         ImportError: torchtune is not installed.
     """
+    check_module(model)
     theirs = _their_class()
     layers = [module for module in model.modules() if type(module) is theirs]
     for layer in layers:

@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from ...checks import check_module
 from .merging import LoRALayer
 
 _BIASES = ("none", "all", "lora_only")
 
 
-def _check(bias: str) -> None:
+def _check(model: nn.Module, bias: str) -> None:
+    check_module(model)
     if bias not in _BIASES:
         raise ValueError(f"bias must be one of {', '.join(map(repr, _BIASES))}, got {bias!r}")
 
@@ -25,9 +27,10 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
             LoRA layers.
 
     Raises:
+        TypeError: not a module.
         ValueError: bias is none of the three; nothing is changed then.
     """
-    _check(bias)
+    _check(model, bias)
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             parameter.requires_grad = bias == "all" and "bias" in name
@@ -45,9 +48,10 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Any]:
         bias: as in :func:`mark_only_lora_as_trainable`: which biases to save with the factors.
 
     Raises:
+        TypeError: not a module.
         ValueError: bias is none of the three.
     """
-    _check(bias)
+    _check(model, bias)
     state = model.state_dict()
     kept = {name for name in state if "lora_" in name or (bias == "all" and "bias" in name)}
     if bias == "lora_only":

@@ -38,8 +38,8 @@ class ConvLoRA(MergingLayer):
         kwargs: the convolution's: ``stride``, ``padding``, ``groups``, ``bias``, ``device`` and so on.
 
     Raises:
-        TypeError: kernel_size is not an int.
-        ValueError: r below 0; lora_dropout outside [0, 1].
+        TypeError: kernel_size or r is not an int; lora_alpha or lora_dropout not a number.
+        ValueError: r below 0; lora_alpha not finite; lora_dropout outside [0, 1].
     """
 
     def __init__(

@@ -27,7 +27,8 @@ class Embedding(MergingLayer, nn.Embedding):
     Shapes: i (...) of integers -> (..., D).
 
     Raises:
-        ValueError: r below 0.
+        TypeError: r is not an int, lora_alpha not a number.
+        ValueError: r below 0; lora_alpha not finite.
     """
 
     def __init__(

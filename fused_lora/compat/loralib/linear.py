@@ -76,7 +76,8 @@ class Linear(_LinearLayer):
     Shapes: x (..., K) -> (..., N).
 
     Raises:
-        ValueError: r below 0; lora_dropout outside [0, 1].
+        TypeError: r is not an int; lora_alpha or lora_dropout not a number.
+        ValueError: r below 0; lora_alpha not finite; lora_dropout outside [0, 1].
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class MergedLinear(_LinearLayer):
             :class:`Linear`.
 
     Raises:
-        ValueError: as Linear; the length of enable_lora does not divide out_features.
+        TypeError, ValueError: as Linear; the length of enable_lora does not divide out_features.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...checks import autocasting
 from ...dropout import check_p
+from ...layer import check_alpha, check_rank
 
 
 class LoRALayer:
@@ -25,17 +26,18 @@ class LoRALayer:
     Attributes: ``r``, ``lora_alpha``, ``lora_dropout`` (a module), ``merged``, ``merge_weights``.
 
     Raises:
-        ValueError: r below 0; lora_dropout outside [0, 1].
+        TypeError: r is not an int; lora_alpha or lora_dropout not a number.
+        ValueError: r below 0; lora_alpha not finite; lora_dropout outside [0, 1].
     """
 
     merged: bool = False
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool):
-        if r < 0:
-            raise ValueError(f"r must be at least 0 (0: no LoRA), got {r}")
+        check_rank(r, least=0)
+        check_alpha(lora_alpha)
         self.r = r
         self.lora_alpha = lora_alpha
-        self.lora_dropout = nn.Dropout(check_p(lora_dropout)) if lora_dropout else nn.Identity()
+        self.lora_dropout = nn.Dropout(check_p(lora_dropout, "lora_dropout")) if lora_dropout else nn.Identity()
         self.merged = False
         self.merge_weights = merge_weights
 

@@ -1,0 +1,169 @@
+"""Layers, drop-ins and functions over whole models refuse bad input by an error that names it, as the operator does."""
+
+import pytest
+import torch
+from test_misuse import refused
+
+import fused_lora
+from fused_lora import convert, parametrize, tasks
+from fused_lora.compat import loralib, torchtune
+from fused_lora.dropout import check_p
+
+CONFIG = fused_lora.LoRAConfig(target_modules=["q"])
+# Every public function that takes a module, called with its argument.
+TAKE_A_MODULE = {
+    "apply_lora": lambda m: fused_lora.apply_lora(m, CONFIG),
+    "remove_lora": fused_lora.remove_lora,
+    "merge_lora": fused_lora.merge_lora,
+    "lora_layers": fused_lora.lora_layers,
+    "lora_parameters": fused_lora.lora_parameters,
+    "count_parameters": fused_lora.count_parameters,
+    "lora_report": fused_lora.lora_report,
+    "save_adapter": lambda m: fused_lora.save_adapter(m, "absent"),
+    "patch_peft": fused_lora.patch_peft,
+    "unpatch_peft": fused_lora.unpatch_peft,
+    "peft_status": fused_lora.peft_status,
+    "lora_parametrize": parametrize.lora_parametrize,
+    "lora_unparametrize": parametrize.lora_unparametrize,
+    "set_lora_enabled": lambda m: parametrize.set_lora_enabled(m, True),
+    "tasks.Model": tasks.Model,
+    "load_loralib": lambda m: convert.load_loralib(m, {}, lora_alpha=1),
+    "load_torchtune": lambda m: convert.load_torchtune(m, {}, lora_alpha=1),
+    "to_loralib": lambda m: convert.to_loralib(m, lora_alpha=1),
+    "to_torchtune": lambda m: convert.to_torchtune(m, lora_alpha=1),
+    "loralib.mark_only_lora_as_trainable": loralib.mark_only_lora_as_trainable,
+    "loralib.lora_state_dict": loralib.lora_state_dict,
+    "torchtune.get_adapter_params": torchtune.get_adapter_params,
+    "torchtune.set_trainable_params": lambda m: torchtune.set_trainable_params(m, []),
+    "torchtune.disable_adapter": lambda m: torchtune.disable_adapter(m).__enter__(),
+    "torchtune.fuse": torchtune.fuse,
+    "from_linear": fused_lora.LoRALinear.from_linear,
+    "from_embedding": fused_lora.LoRAEmbedding.from_embedding,
+    "from_conv": fused_lora.LoRAConv2d.from_conv,
+}
+
+
+@pytest.mark.parametrize("name", list(TAKE_A_MODULE))
+def test_a_string_for_a_module(name):
+    with pytest.raises(TypeError, match=r"(an nn\..*|Conv1D), got str"):
+        TAKE_A_MODULE[name]("x")
+
+
+def test_adapters_of_a_string(tmp_path):
+    model = fused_lora.apply_lora(torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4)}), CONFIG)
+    fused_lora.save_adapter(model, tmp_path)
+    for function in (fused_lora.load_adapter, lambda m, folder: fused_lora.check_adapter(folder, m)):
+        with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str: pass the module itself"):
+            function("x", tmp_path)
+
+
+@pytest.mark.parametrize("p", ["x", "0.5", None, 0.5j])
+def test_check_p_of_no_number(p):
+    with pytest.raises(TypeError, match=rf"dropout_p must be a number, got {type(p).__name__} "):
+        check_p(p)
+    with pytest.raises(TypeError, match="lora_dropout must be a number"):
+        fused_lora.LoRALinear(4, 4, lora_dropout=p)
+
+
+def test_check_p_takes_any_number():
+    assert [check_p(p) for p in (0, True, torch.tensor(0.5), 0.25)] == [0.0, 1.0, 0.5, 0.25]
+    with pytest.raises(ValueError, match="must be in"):
+        check_p(10**400)
+
+
+LAYERS = {
+    "linear": (fused_lora.LoRALinear, (4, 4)),
+    "embedding": (fused_lora.LoRAEmbedding, (4, 4)),
+    "convolution": (fused_lora.LoRAConv1d, (4, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", list(LAYERS))
+class TestLayers:
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, "float32"], ids=str)
+    def test_dtype(self, kind, dtype):
+        layer, sizes = LAYERS[kind]
+        message = rf"dtype must be one of torch\.float64, torch\.float32, .* got '?{dtype}"
+        refused(TypeError, lambda: layer(*sizes, dtype=dtype), {}, message)
+        refused(TypeError, lambda: layer(*sizes, adapter_dtype=dtype), {}, f"adapter_{message}")
+
+    def test_scale_alpha_and_switch(self, kind):
+        layer, sizes = LAYERS[kind]
+        layer = layer(*sizes, r=2, lora_alpha=4)
+        for value in ("x", "1", None, [1.0], 1j):
+            with pytest.raises(TypeError, match=rf"scale must be a number, got {type(value).__name__} "):
+                layer.set_scale(value)
+            with pytest.raises(TypeError, match=rf"lora_alpha must be a number, got {type(value).__name__} "):
+                layer.set_alpha(value)
+        for function in (layer.set_scale, layer.set_alpha):
+            with pytest.raises(ValueError, match="must be finite, got"):
+                function(-(10**400))
+        for value in ("no", "True", None, 2, [True]):
+            with pytest.raises(TypeError, match=rf"enabled must be True or False, got {type(value).__name__} "):
+                layer.enabled = value
+        assert (layer.scale, layer.lora_alpha, layer.enabled) == (2.0, 4, True)
+        layer.enabled = 0
+        assert layer.enabled is False
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_from_linear_of_another_dtype(dtype):
+    with pytest.raises(TypeError, match=f"the dtype of the Linear's weight must be one of .* got {dtype}"):
+        fused_lora.LoRALinear.from_linear(torch.nn.Linear(4, 4).to(dtype))
+
+
+def test_parametrizations():
+    with pytest.raises(TypeError, match="enabled must be True or False, got str 'no'"):
+        parametrize.set_lora_enabled(torch.nn.Linear(4, 4), "no")
+    with pytest.raises(TypeError, match="weight must be a tensor, got str"):
+        parametrize.LoRAParametrization("x")
+    with pytest.raises(ValueError, match=r"LoRA needs a floating weight of two or more dimensions, got torch\.float8"):
+        parametrize.LoRAParametrization(torch.zeros(4, 4).to(torch.float8_e4m3fn))
+
+
+# Drop-ins by their rank and the name it has in the message.
+DROP_INS = {
+    "torchtune": (lambda r, alpha=1.0: torchtune.LoRALinear(4, 4, r, alpha), "rank", "alpha"),
+    "torchtune merging": (lambda r, alpha=1.0: torchtune.get_merged_lora_ckpt({}, r, alpha), "rank", "alpha"),
+    "loralib.Linear": (lambda r, alpha=1.0: loralib.Linear(4, 4, r, alpha), "r", "lora_alpha"),
+    "loralib.MergedLinear": (
+        lambda r, alpha=1.0: loralib.MergedLinear(4, 4, r, alpha, enable_lora=[True]),
+        "r",
+        "lora_alpha",
+    ),
+    "loralib.Embedding": (lambda r, alpha=1.0: loralib.Embedding(4, 4, r, alpha), "r", "lora_alpha"),
+    "loralib.Conv2d": (lambda r, alpha=1.0: loralib.Conv2d(4, 4, 3, r, alpha), "r", "lora_alpha"),
+}
+
+
+@pytest.mark.parametrize("name", list(DROP_INS))
+def test_settings_of_drop_ins(name):
+    make, rank, alpha = DROP_INS[name]
+    for value in ("2", 2.0, None, True):
+        with pytest.raises(TypeError, match=rf"^{rank} must be an int, got {type(value).__name__} "):
+            make(value)
+    with pytest.raises(ValueError, match=rf"^{rank} must be at least [01].*, got -1"):
+        make(-1)
+    with pytest.raises(TypeError, match=rf"^{alpha} must be a number, got str '2'"):
+        make(2, "2")
+    with pytest.raises(ValueError, match=rf"^{alpha} must be finite, got nan"):
+        make(2, float("nan"))
+
+
+def test_a_refused_merge_leaves_the_state_dict_alone():
+    layer = torch.nn.ModuleDict({"q": torchtune.LoRALinear(4, 4, 2, 4.0)})
+    state = layer.state_dict()
+    before = dict(state)
+    for rank, alpha in (("2", 4.0), (0, 4.0), (2, "4")):
+        with pytest.raises((TypeError, ValueError), match=r"(rank|alpha) must be"):
+            torchtune.get_merged_lora_ckpt(state, rank, alpha)
+        assert state.keys() == before.keys()
+        assert all(state[key] is before[key] for key in before)
+
+
+@pytest.mark.parametrize("convertor", [convert.to_loralib, convert.to_torchtune])
+def test_converters_take_numbers(convertor):
+    model = fused_lora.apply_lora(torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4)}), CONFIG)
+    with pytest.raises(TypeError, match="lora_alpha must be a number, got str '16'"):
+        convertor(model, lora_alpha="16")
