@@ -48,13 +48,15 @@ class AdapterLayer(NamedTuple):
 class AdapterReport:
     """What :func:`fused_lora.check_adapter` found; ``print`` it.
 
-    ``layers``: those that fit; ``unmatched``: names of layers in the file that the model has no place for;
-    ``against``: what the adapter was checked against. ``ok`` is False where ``load_adapter`` would refuse.
+    ``layers``: those that fit; ``faulty``: those that have a place, and a finding because of which they do not fit;
+    ``unmatched``: names of layers in the file that the model has no place for; ``against``: what the adapter was
+    checked against. ``ok`` is False where ``load_adapter`` would refuse.
     """
 
     directory: str
     against: str
     layers: tuple[AdapterLayer, ...]
+    faulty: tuple[AdapterLayer, ...]
     unmatched: tuple[str, ...]
     dtypes: tuple[str, ...]
     findings: tuple[Finding, ...]
@@ -64,10 +66,11 @@ class AdapterReport:
         return not any(finding.blocks for finding in self.findings)
 
     def __str__(self) -> str:
-        total = len(self.layers) + len(self.unmatched)
-        fit = f"{len(self.layers)} of {total} layers fit" if self.unmatched else f"{total} layers"
-        ranks = _values(str(layer.rank) for layer in sorted(self.layers, key=lambda layer: layer.rank))
-        scales = _values(f"{layer.scale:g}" for layer in sorted(self.layers, key=lambda layer: layer.scale))
+        placed = (*self.layers, *self.faulty)
+        total = len(placed) + len(self.unmatched)
+        fit = f"{total} layers" if total == len(self.layers) else f"{len(self.layers)} of {total} layers fit"
+        ranks = _values(str(layer.rank) for layer in sorted(placed, key=lambda layer: layer.rank))
+        scales = _values(f"{layer.scale:g}" for layer in sorted(placed, key=lambda layer: layer.scale))
         lines = [
             f"adapter {self.directory}, checked against {self.against}",
             f"  {fit}; rank {ranks}; scale {scales}; {_values(self.dtypes)}",

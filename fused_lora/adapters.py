@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import inject
-from .adapter_check import METADATA_KEY, Comparison, base_key, compare, factor_key
+from .adapter_check import METADATA_KEY, PREFIX, Comparison, base_key, compare, factor_key
 from .adapter_config import AdapterConfig, LayerSettings, describe, parse_config
 from .adapter_files import (
     CONFIG_FILE,
@@ -201,10 +201,21 @@ def check_adapter(
         files = read_adapter(folder, follow_symlinks)
         result = compare(files, parse_config(files.config, str(folder / CONFIG_FILE)), target)
     except AdapterError as error:
-        return AdapterReport(str(folder), against, (), (), (), (Finding("config", CONFIG_FILE, str(error)),))
-    layers = tuple(AdapterLayer(name, r, result.scales[name]) for name, r in result.ranks.items())
+        return AdapterReport(str(folder), against, (), (), (), (), (Finding("config", CONFIG_FILE, str(error)),))
+    layers = [AdapterLayer(name, r, result.scales[name]) for name, r in result.ranks.items()]
+    faulty = tuple(layer for layer in layers if _is_faulty(result, layer.name))
+    fitting = tuple(layer for layer in layers if layer not in faulty)
     dtypes = tuple(sorted({str(stored.dtype).removeprefix("torch.") for stored in files.stored.values()}))
-    return AdapterReport(str(folder), against, layers, tuple(result.unmatched), dtypes, tuple(result.findings))
+    return AdapterReport(str(folder), against, fitting, faulty, tuple(result.unmatched), dtypes, tuple(result.findings))
+
+
+def _is_faulty(result: Comparison, path: str) -> bool:
+    """Whether a finding that blocks names this layer, one of its tensors, or one that it lacks."""
+    keys = (path, *result.factors[path].values())
+    return any(
+        finding.blocks and (finding.where in keys or finding.where.startswith(f"{PREFIX}{path}.lora_"))
+        for finding in result.findings
+    )
 
 
 def _not_ours(target: Target, task: str | None) -> str:
