@@ -8,9 +8,13 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+from torch.utils import _device
 
 POISON_INTEGER = 0x5A
 
+# ``with torch.device(...)`` knows torch's constructors by a set that it makes once: here, before torch.empty is
+# replaced, which would leave the original out of it, and so on the CPU.
+_device._device_constructors()
 torch.set_num_threads(1)  # the tensors are so small that a second thread costs more than it brings
 
 
