@@ -17,6 +17,7 @@ import weakref
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 
 from fused_lora import peft_forward, peft_parts, peft_patch
@@ -114,6 +115,7 @@ def pytest_sessionfinish(session):
         path.write_text(json.dumps({"outcomes": outcomes, "layers": layers, "calls": calls}, indent=1) + "\n")
 
 
+@pytest.hookimpl(optionalhook=True)  # it is xdist's hook
 def pytest_testnodedown(node, error):
     # A worker that died has nothing to say; pytest reports it.
     for total, counted in zip(
