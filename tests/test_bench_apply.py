@@ -32,16 +32,17 @@ def test_quick_run_and_report(module, tmp_path, capsys):
     assert "not measured" in module.summary(content, "apply-step.json")[1]
 
 
-def test_what_is_wrong_is_not_timed(module, monkeypatch):
-    gradients = module.gradients
+def test_what_is_wrong_is_not_timed(module, bench, monkeypatch):  # noqa: F811
+    shared = bench("llama_step")
+    gradients = shared.gradients
 
     def off(model):
         found = gradients(model)
         return found * 1.1 if model.optimizer is not None and type(model.model).__name__ != "PeftModel" else found
 
-    monkeypatch.setattr(module, "gradients", off)
-    cell = module.step_cell("R4", 0.0, *module.TINY, seconds=0.05)
+    monkeypatch.setattr(shared, "gradients", off)
+    cell = module.step_cell("R4", 0.0, *shared.TINY, seconds=0.05)
     assert "it is not timed: errors of the gradients" in module.describe(cell)
     assert "seconds" not in cell
-    content = {"quick": False, "llama": module.TINY[0], "rank": 16, "cells": [cell]}
+    content = {"quick": False, "llama": shared.TINY[0], "rank": 16, "cells": [cell]}
     assert "left out" in "\n".join(module.sections(content, "x.json"))
