@@ -19,8 +19,9 @@ from .dropout import draw_seed
 from .ops.linear import FusedLoRALinear
 from .peft_mixed import Constants as Mixed
 from .peft_mixed import Span, mixed_linear
-from .peft_parts import LOW_PRECISION, Branch, route, route_mixed
+from .peft_parts import Branch, route, route_mixed
 from .peft_several import Constants, FusedSeveralLinear
+from .substitution import LOW_PRECISION
 
 
 def fused_forward(layer: Any, x: Tensor) -> Tensor | None:

@@ -9,11 +9,12 @@ constants, so that a traced forward handles no strings. PEFT is not imported her
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
+
+from .substitution import compute_dtype, does_more, has_global_hooks, is_plain, traced_elsewhere
 
 # At rest: PEFT would run the base layer alone, so there is nothing to fuse.
 DISABLED = "its adapters are disabled, so the base layer runs alone (enable_adapter_layers() switches them on)"
@@ -58,8 +59,6 @@ DORA_TORCH = "dropout='torch' is asked for, and DoRA runs its base layer on the 
 DORA_VECTOR = "DoRA gives a one-dimensional x a leading dimension in PEFT"
 DORA_COMPILE = "DoRA is fused in eager mode only"
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 _DROPOUTS = (nn.Identity, nn.Dropout)
 
 
@@ -85,32 +84,8 @@ class Parts(NamedTuple):
     branches: list[Branch]
 
 
-def _foreign(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _global_hooks() -> bool:
-    return bool(
-        _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-    )
-
-
 def _is_conv1d(kind: type) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-
-def _plain(t: Any) -> TypeGuard[Tensor]:
-    return type(t) is nn.Parameter or type(t) is Tensor
 
 
 def parts_of(layer: Any, names: Any = None) -> Parts | str:
@@ -130,10 +105,10 @@ def parts_of(layer: Any, names: Any = None) -> Parts | str:
     transposed = _is_conv1d(type(base))
     if not (type(base) is nn.Linear or transposed):
         return BASE
-    if _foreign(base) or _global_hooks():
+    if does_more(base) or has_global_hooks():
         return HOOKS
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    if not _plain(weight) or not (bias is None or _plain(bias)) or weight.dim() != 2:
+    if not is_plain(weight) or not (bias is None or is_plain(bias)) or weight.dim() != 2:
         return TENSORS
     if weight.requires_grad and torch.is_grad_enabled():
         return TRAINABLE
@@ -158,13 +133,13 @@ def _branch(layer: Any, name: str, weight: Tensor, N: int, K: int) -> Branch | s
         return VARIANT
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear or type(dropout) not in _DROPOUTS:
         return FACTORS
-    if _foreign(lora_a) or _foreign(lora_b) or _foreign(dropout):
+    if does_more(lora_a) or does_more(lora_b) or does_more(dropout):
         return HOOKS
     a, b, bias = lora_a._parameters.get("weight"), lora_b._parameters.get("weight"), lora_b._parameters.get("bias")
     if (
-        not _plain(a)
-        or not _plain(b)
-        or not (bias is None or _plain(bias))
+        not is_plain(a)
+        or not is_plain(b)
+        or not (bias is None or is_plain(bias))
         or lora_a._parameters.get("bias") is not None
     ):
         return TENSORS
@@ -189,13 +164,13 @@ def _branch(layer: Any, name: str, weight: Tensor, N: int, K: int) -> Branch | s
 def _usable_scale(scale: Any) -> bool:
     if isinstance(scale, (float, int)):
         return math.isfinite(scale)
-    return _plain(scale) and scale.numel() == 1 and scale.dtype.is_floating_point and not scale.requires_grad
+    return is_plain(scale) and scale.numel() == 1 and scale.dtype.is_floating_point and not scale.requires_grad
 
 
 def _magnitude(layer: Any, name: str, weight: Tensor, N: int) -> Tensor | None:
     holder = layer._modules["lora_magnitude_vector"]._modules[name]
     magnitude = holder._parameters.get("weight")
-    if type(holder).__name__ != "DoraLinearLayer" or _foreign(holder) or not _plain(magnitude):
+    if type(holder).__name__ != "DoraLinearLayer" or does_more(holder) or not is_plain(magnitude):
         return None
     if layer.fan_in_fan_out != _is_conv1d(type(layer._modules["base_layer"])):
         return None
@@ -222,38 +197,8 @@ def discord(layer: Any, branches: list[Branch]) -> str | None:
     return None
 
 
-def compute_dtype(
-    x_dtype: torch.dtype, weight_dtype: torch.dtype, adapter_dtype: torch.dtype, device_type: str, casting: bool
-) -> torch.dtype | None:
-    """The dtype the base layer computes in, or None where PEFT's own dtype rules (or its error) must decide."""
-    if x_dtype not in _FLOATS or weight_dtype not in _FLOATS:
-        return None
-    dtype = x_dtype
-    if torch.is_autocast_enabled(device_type) and x_dtype != torch.float64 and weight_dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        if dtype not in _FLOATS:
-            return None
-    elif x_dtype != weight_dtype or not (casting or x_dtype == adapter_dtype):
-        return None
-    if adapter_dtype == dtype or (adapter_dtype == torch.float32 and dtype in LOW_PRECISION):
-        return dtype
-    return None
-
-
-def _traced_elsewhere() -> bool:
-    """Whether something watches the call that must see PEFT's own operations."""
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
-
-
 def _input_refusal(x: Any, parts: Parts) -> str | None:
-    if not _plain(x) or x.layout is not torch.strided or x.is_nested or x.dim() == 0:
+    if not is_plain(x) or x.layout is not torch.strided or x.is_nested or x.dim() == 0:
         return INPUT
     weight = parts.weight
     if (
@@ -266,7 +211,7 @@ def _input_refusal(x: Any, parts: Parts) -> str | None:
         return TENSORS
     if x.dim() == 1 and parts.branches[0].magnitude is not None:
         return DORA_VECTOR
-    return TRANSFORM if _traced_elsewhere() else None
+    return TRANSFORM if traced_elsewhere() else None
 
 
 def route(layer: Any, x: Any) -> tuple[Parts, torch.dtype] | str:

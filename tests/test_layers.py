@@ -27,6 +27,7 @@ ROOMS = (
         "adapter",
         "convert",
         "peft",
+        "substitution",
         "cli",
         "demo",
         "digits",
@@ -119,6 +120,15 @@ def test_tiles_are_pure_python():
     """The planner reads them everywhere, with or without triton."""
     for target, _ in imports("kernels.tiles", KERNELS / "tiles.py"):
         assert target.split(".")[0] in sys.stdlib_module_names, target
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("compat")])
+def test_drop_ins_use_public_names(name):
+    """Of what lies outside their folder; a name with an underscore is its own module's."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level > 1:
+            private = [alias.name for alias in node.names if alias.name.startswith("_")]
+            assert not private, f"{name} imports {', '.join(private)} of {node.module}"
 
 
 def test_ops_do_not_import_each_other():

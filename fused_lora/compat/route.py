@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.linear import lora_linear
-from ..peft_parts import _foreign, _global_hooks, _plain, _traced_elsewhere, compute_dtype
+from ..substitution import compute_dtype, does_more, has_global_hooks, is_plain, traced_elsewhere
 from .quantised import quantised_linear
 
 TRAINABLE = "the base weight is trainable, and the fused backward has no gradient for it"
@@ -40,19 +40,19 @@ def refusal(
     nf4 = _is_nf4(weight)
     if not nf4 and weight.requires_grad and torch.is_grad_enabled():
         return TRAINABLE
-    if not ((nf4 or _plain(weight)) and _plain(a) and _plain(b) and (bias is None or _plain(bias))):
+    if not ((nf4 or is_plain(weight)) and is_plain(a) and is_plain(b) and (bias is None or is_plain(bias))):
         return TENSORS
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return FACTORS
     if any(type(factor) is not nn.Linear or factor.bias is not None for factor in factors):
         return FACTORS
-    if _global_hooks() or any(_foreign(module) for module in (dropout, *factors)):
+    if has_global_hooks() or any(does_more(module) for module in (dropout, *factors)):
         return HOOKS
-    if not _plain(x) or x.layout is not torch.strided or x.is_nested or x.device.type == "meta":
+    if not is_plain(x) or x.layout is not torch.strided or x.is_nested or x.device.type == "meta":
         return INPUT
     if a.dtype != b.dtype or _dtype(x, weight, a) is None or (nf4 and bias is not None and bias.dtype != x.dtype):
         return DTYPES
-    return TRACED if _traced_elsewhere() else ""
+    return TRACED if traced_elsewhere() else ""
 
 
 def _dtype(x: Tensor, weight: Tensor, a: Tensor) -> torch.dtype | None:
