@@ -37,7 +37,7 @@ GROUP = 8
 _FACTORS = tuple(MIX2 * STEP**j % 2**32 for j in range(GROUP))
 _WORD = 0xFFFFFFFF
 # Up to here Python's integers make the words of the groups faster than thirty operators on tiny tensors do.
-_FEW_GROUPS = 16
+_FEW_GROUPS = 32
 # Elements up to which numpy, where it is installed, makes a whole mask faster than torch: its calls cost less.
 _SMALL = 1 << 13
 
@@ -94,7 +94,7 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
 
 
 def _mix(h):
-    """lowbias32 on Python ints or int64 tensors that hold unsigned 32-bit words."""
+    """lowbias32 on Python ints, arrays of uint32, or int64 tensors that hold unsigned 32-bit words."""
     h = ((h ^ (h >> 16)) * MIX1) & _WORD
     h = ((h ^ (h >> 15)) * MIX2) & _WORD
     return h ^ (h >> 16)
@@ -106,6 +106,16 @@ def _mix_(h: Tensor) -> Tensor:
     h.bitwise_xor_(carry).mul_(MIX1).bitwise_and_(_WORD)
     h.bitwise_xor_(torch.bitwise_right_shift(h, 15, out=carry)).mul_(MIX2).bitwise_and_(_WORD)
     return h.bitwise_xor_(torch.bitwise_right_shift(h, 16, out=carry))
+
+
+@functools.cache
+def _numpy() -> Any:
+    """numpy, or None: torch does not need it, so neither does this package."""
+    try:
+        import numpy
+    except ImportError:
+        return None
+    return numpy
 
 
 def _signed(word: int) -> int:
@@ -129,14 +139,23 @@ def _few_group_words(key0: int, key1: int, groups: int) -> tuple[list[int], list
 def _group_keys(seed: int | Tensor, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The two words of every group of rows, (r0, r1), int32 of shape (groups, 1)."""
     key0, key1 = _seed_keys(seed)
-    if isinstance(key0, int) and isinstance(groups, int) and groups <= _FEW_GROUPS:
-        words = [[_signed(word) for word in kind] for kind in _few_group_words(key0, key1, groups)]
-        r0, r1 = torch.tensor(words, dtype=torch.int32, device=device)[:, :, None]
+    if isinstance(key0, int) and isinstance(groups, int) and (groups <= _FEW_GROUPS or _numpy() is not None):
+        r0, r1 = _words_on_the_host(key0, key1, groups)[:, :, None].to(device)
         return r0, r1
     group = torch.arange(groups, dtype=torch.int64, device=device)
     r0 = _mix_(group.bitwise_xor_(key0))
     r1 = _mix_((r0 + key1).bitwise_and_(_WORD)).bitwise_or_(1)
     return r0.to(torch.int32)[:, None], r1.to(torch.int32)[:, None]
+
+
+def _words_on_the_host(key0: int, key1: int, groups: int) -> Tensor:
+    """Every r0 and r1, int32 (2, groups), without thirty operators on a small tensor: they cost ten times this."""
+    if groups <= _FEW_GROUPS:
+        words = [[_signed(word) for word in kind] for kind in _few_group_words(key0, key1, groups)]
+        return torch.tensor(words, dtype=torch.int32)
+    numpy = _numpy()
+    first = _mix(numpy.arange(groups, dtype=numpy.uint32) ^ key0)  # arrays of uint32 wrap around by themselves
+    return torch.from_numpy(numpy.stack((first, _mix(first + key1) | 1)).view(numpy.int32))
 
 
 def _column_words(cols: int, device: torch.device) -> Tensor:
@@ -186,16 +205,6 @@ def keep_mask(seed: int | Tensor, rows: int, cols: int, p: float, device: torch.
     u = _hash(_column_words(cols, device), *_group_keys(as_seed(seed, device), -(-rows // GROUP), device))
     h = (u[:, None] * _row_factors(device)).flatten(0, 1)[:rows]
     return h > threshold(p)
-
-
-@functools.cache
-def _numpy() -> Any:
-    """numpy, or None: torch does not need it, so neither does this package."""
-    try:
-        import numpy
-    except ImportError:
-        return None
-    return numpy
 
 
 @functools.lru_cache(maxsize=32)
