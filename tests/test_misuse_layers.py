@@ -50,6 +50,7 @@ def test_a_string_for_a_module(name):
 
 
 def test_adapters_of_a_string(tmp_path):
+    pytest.importorskip("safetensors")
     model = fused_lora.apply_lora(torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4)}), CONFIG)
     fused_lora.save_adapter(model, tmp_path)
     for function in (fused_lora.load_adapter, lambda m, folder: fused_lora.check_adapter(folder, m)):
