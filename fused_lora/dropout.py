@@ -40,6 +40,8 @@ _WORD = 0xFFFFFFFF
 _FEW_GROUPS = 32
 # Elements up to which numpy, where it is installed, makes a whole mask faster than torch: its calls cost less.
 _SMALL = 1 << 13
+# Hashes of groups of rows made at once: 1 MiB, for eight times as many elements. More would not stay in the caches.
+_HASHED = 1 << 18
 
 
 def check_p(p: float, name: str = "dropout_p") -> float:
@@ -253,6 +255,7 @@ class BlockMask:
         self._columns, self._factors = constants
         self._threshold = threshold(p)
         self._flags: Tensor | None = None
+        self._hashed: tuple[int, int, Tensor] | None = None  # first and last group hashed, and their u
 
     def hashes(self, start: int, rows: int) -> Tensor:
         """What :meth:`zero_dropped` takes for the rows start..: h, int32 (rows, cols), or where they drop if small.
@@ -264,13 +267,21 @@ class BlockMask:
         self._flags = None
         first, skip = divmod(start, GROUP)
         groups = -(-(skip + rows) // GROUP)
-        r0, r1 = self._keys
-        u = _hash(self._columns, part(r0, first, first + groups), part(r1, first, first + groups))
+        u = self._group_hashes(first, first + groups)
         own, _ = self._blocks(groups * GROUP)
         if groups == 1:  # a few rows: theirs alone
             return torch.mul(u, self._factors[skip : skip + rows], out=part(own, 0, rows))
         torch.mul(u[:, None], self._factors, out=part(own, 0, groups * GROUP).view(groups, GROUP, own.shape[1]))
         return part(own, skip, skip + rows)
+
+    def _group_hashes(self, first: int, last: int) -> Tensor:
+        """u of the groups first..last, and of some that follow: calling its operators costs more than their work."""
+        r0, r1 = self._keys
+        if self._hashed is None or first < self._hashed[0] or last > self._hashed[1]:
+            stop = min(max(last, first + _HASHED // max(len(self._columns), 1)), len(r0))
+            self._hashed = first, stop, _hash(self._columns, part(r0, first, stop), part(r1, first, stop))
+        start, _, u = self._hashed
+        return part(u, first - start, last - start)
 
     def _blocks(self, rows: int) -> tuple[Tensor, Tensor]:
         """Two int32 blocks of at least ``rows`` rows: for h, and for the caller."""

@@ -80,10 +80,16 @@ def _allow_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def shrink(plan: Plan, x: Tensor, a: Tensor, mask: Mask | None) -> Tensor:
-    """s = drop(x) aᵀ."""
+def _summed(t: Tensor | None) -> Any:
+    """``t`` in its accumulation dtype."""
+    return t if t is None or t.dtype != torch.bfloat16 else t.float()
+
+
+def shrink(plan: Plan, x: Tensor, a: Tensor, mask: Mask | None, rounded: bool = False) -> Tensor:
+    """s = drop(x) aᵀ; with ``rounded`` in bfloat16 where one GEMM made it so and :func:`expand` takes it so."""
     if plan.shrink == "torch":
-        return vendor.shrink(x, a, _blocks(mask), plan.upcast)
+        s = vendor.shrink(x, a, _blocks(mask), plan.upcast)
+        return s if rounded and plan.expand == "torch" else _summed(s)
     return _kernels().shrink(x, in_memory(a), _drop(mask), plan.tile("shrink"), allow_tf32=_allow_tf32())
 
 
@@ -112,11 +118,15 @@ def expand(
 
 
 def grad_b(
-    plan: Plan, dy: Tensor, b: Tensor | None, s: Tensor | None, scale: float | Tensor
+    plan: Plan, dy: Tensor, b: Tensor | None, s: Tensor | None, scale: float | Tensor, rounded: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
-    """ds = scale · dy b where b is given, db = scale · dyᵀ s where s is."""
+    """ds = scale · dy b where b is given, db = scale · dyᵀ s where s is.
+
+    With ``rounded`` ds is bfloat16 where one GEMM made it so and :func:`grad_xa` takes it so.
+    """
     if plan.grad_b == "torch":
-        return vendor.grad_b(dy, b, s, scale, plan.facts.adapter_dtype, plan.upcast)
+        ds, db = vendor.grad_b(dy, b, s, scale, plan.facts.adapter_dtype, plan.upcast)
+        return ds if rounded and plan.grad_x == plan.grad_a == "torch" else _summed(ds), db
     dtype, dy, b = plan.facts.adapter_dtype, in_memory(dy), in_memory(b)
     return _kernels().grad_b(dy, b, s, scale, plan.tile("grad_b"), out_dtype=dtype, allow_tf32=_allow_tf32())
 

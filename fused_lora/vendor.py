@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import GROUP, BlockMask, part
+from .rank_products import RowSum, add_product, row_sum
 
 # Elements in a block of rows that is masked or cast. On a CPU the block and its scratch stay in the caches; on a GPU
 # fewer, larger launches matter more than cache.
@@ -82,11 +83,11 @@ def _dropped(x: Tensor, i: int, j: int, mask: BlockMask, hashes: Tensor, acc: to
 
 
 def shrink(x: Tensor, a: Tensor, mask: BlockMask | None, upcast: bool) -> Tensor:
-    """s = drop(x) aᵀ, (M, R) in the accumulation dtype."""
+    """s = drop(x) aᵀ, (M, R) in the accumulation dtype, or as its one GEMM rounded it: to cast it tells no more."""
     acc = acc_dtype(a.dtype)
     native = _native(x, a.dtype, upcast)
     if mask is None and native:
-        return _in(torch.mm(x, a.t()), acc)
+        return torch.mm(x, a.t())
     work = a.dtype if native else acc
     a_t = _in(a, work).t()
     if mask is None and _tiny(x):
@@ -123,11 +124,11 @@ def expand(
             # where BLAS skips the product and an Inf in it, which 0 turns into NaN.
             if b.dtype == dtype:
                 y = F.linear(x, w, None if bias is None else _in(bias, dtype))
-                return y.addmm_(_in(s, dtype), b.t(), alpha=scale)
+                return add_product(y, _in(s, dtype), b.t(), alpha=scale)
             if _tiny(x) and x.shape[0] * w.shape[0] <= _TINY:
                 y = F.linear(x, w, None if bias is None else _in(bias, dtype))
                 return y.add_(torch.mm(s, b.t()), alpha=scale)
-    t = s * scale
+    t = _in(s, acc_dtype(dtype)) * scale
     if lora_bias is not None:
         t, b = _with_rank(t, b, scale, lora_bias)
     if upcast:
@@ -135,7 +136,7 @@ def expand(
     if _base_first(x, dtype):
         # Where b and lora_bias are zero, y is the frozen layer's output bit for bit.
         y = F.linear(x, w, None if bias is None else bias.to(dtype))
-        return y.addmm_(*_rank_factors(t, b.t(), dtype))
+        return add_product(y, *_rank_factors(t, b.t(), dtype))
     if bias is not None:
         t, b = _with_rank(t, b, 1.0, bias)
     return _rank_product(t, b.t(), dtype).addmm_(x, w.t())
@@ -179,7 +180,7 @@ def _expand_upcast(x: Tensor, w: Tensor, bias: Tensor | None, t: Tensor, b: Tens
     if rows * features <= _UPCAST_ROWS and out * features <= _UPCAST_WEIGHT:  # one block, its result y itself
         block = torch.mm(_in(x, torch.float32), _in(w, torch.float32).t())
         block = block if bias is None else block.add_(bias)
-        return block.addmm_(t, _in(b, torch.float32).t()).to(dtype)
+        return add_product(block, t, _in(b, torch.float32).t()).to(dtype)
     y = x.new_empty(rows, out, dtype=dtype)
     for i, j in _blocks(rows, _UPCAST_ROWS // max(features, 1)):
         x_block = x[i:j].float()
@@ -210,35 +211,50 @@ def grad_b(
 ) -> tuple[Tensor | None, Tensor | None]:
     """ds = scale · dy b, (M, R) in the accumulation dtype, and db = scale · dyᵀ s, (N, R) in ``dtype``, the adapters'.
 
-    ds is computed where b is given, db where s is; the other is None.
+    ds is computed where b is given, db where s is; the other is None. On a CPU ds is bfloat16 where all factors are.
     """
     acc = acc_dtype(dtype)
     ds = db = None
+    native = _native(dy, dtype, upcast)
     if _tiny(dy) and not isinstance(scale, Tensor):
-        return _tiny_grad_b(dy, b, s, scale, dtype, _native(dy, dtype, upcast))
-    b = None if b is None else _easy_columns(b, dy)
-    if _native(dy, dtype, upcast):
-        if b is not None:
-            ds = _in(torch.mm(dy, b), acc).mul_(scale)
+        return _tiny_grad_b(dy, b, s, scale, dtype, native)
+    if native and dtype != acc:
+        return _low_grad_b(dy, b, s, scale, dtype)
+    b = None if b is None else _in(_easy_columns(b, dy), acc)
+    if native:
+        ds = None if b is None else torch.mm(dy, b).mul_(scale)
         if s is not None:
-            t = _in(s * scale, dtype)
-            turned = dy.device.type == "cpu" and (dtype == acc or s.shape[1] < 32)
-            db = torch.mm(t.t(), dy).t().contiguous() if turned else torch.mm(dy.t(), t)
+            # Transposed: on a CPU dyᵀ s takes up to ten times as long as sᵀ dy (AMD EPYC, torch 2.13, 2026-11-25).
+            if dy.is_cpu:
+                db = row_sum(s, dy).turned().mul_(scale)
+            else:
+                db = torch.mm(dy.t(), s * scale)
         return ds, db
     if b is not None:
-        b = _in(b, acc)
         ds = dy.new_empty(dy.shape[0], b.shape[1], dtype=acc)
-    if s is not None:
-        # Transposed: on a CPU dyᵀ s takes up to ten times as long as sᵀ dy (AMD EPYC, torch 2.13, 2026-11-25).
-        db = dy.new_zeros(s.shape[1], dy.shape[1], dtype=acc)
+    total = None if s is None else RowSum(s.shape[1], dy, acc, acc)
     for i, j in _row_blocks(dy):
         block = _in(part(dy, i, j), acc)
         if b is not None and ds is not None:
             torch.mm(block, b, out=part(ds, i, j))
-        if s is not None and db is not None:
-            db.addmm_(part(s, i, j).t(), block)
+        if s is not None and total is not None:
+            total.add(part(s, i, j), block)
     ds = None if ds is None else ds.mul_(scale)
-    return ds, None if db is None else _in(db.mul_(scale).t(), dtype).contiguous()
+    return ds, None if total is None else _in(total.turned().mul_(scale), dtype)
+
+
+def _low_grad_b(
+    dy: Tensor, b: Tensor | None, s: Tensor | None, scale: float | Tensor, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`grad_b` where everything is bfloat16."""
+    if dy.is_cpu and not isinstance(scale, Tensor) and scale != 0:
+        # The scale inside the product: rounded once, no pass to cast. beta = 0 reads nothing. Not at 0, see ``expand``.
+        unread = dy.new_empty(1)
+        ds = None if b is None else torch.addmm(unread, dy, b, beta=0, alpha=scale)
+        return ds, None if s is None else torch.addmm(unread, dy.t(), _in(s, dtype), beta=0, alpha=scale)
+    acc = acc_dtype(dtype)
+    ds = None if b is None else torch.mm(dy, b).to(acc).mul_(scale)
+    return ds, None if s is None else torch.mm(dy.t(), _in(s * scale, dtype))
 
 
 def _tiny_grad_b(
@@ -270,8 +286,12 @@ def grad_x(
 
     With ``x``, and a mask, also da = dsᵀ drop(x) in the dtype of a: both need the same blocks of the mask.
     """
-    da = None if x is None or mask is None else a.new_zeros(a.shape, dtype=ds.dtype)
     t = ds if mask is None else ds * mask.scale
+    da = None
+    if x is not None and mask is not None:
+        acc = acc_dtype(ds.dtype)
+        native = _native(x, a.dtype, upcast) and _base_first(dy, dtype)
+        da = RowSum(a.shape[0], x, acc, a.dtype if native else acc)
     if upcast:
         dx = _grad_x_upcast(dy, w, t, a, mask, x_dtype, x, da)
     elif _base_first(dy, dtype):
@@ -283,11 +303,11 @@ def grad_x(
         dx = dy.new_zeros(dy.shape[0], w.shape[1])
         _add_lowrank(dx, t, a.to(t.dtype), mask, 0, x, da)
         dx.addmm_(dy, w.to(dtype))
-    return _in(dx, x_dtype), None if da is None else _in(da, a.dtype)
+    return _in(dx, x_dtype), None if da is None else _in(da.total(), a.dtype)
 
 
 def _add_lowrank(
-    dx: Tensor, t: Tensor, a: Tensor, mask: BlockMask | None, start: int, x: Tensor | None, da: Tensor | None
+    dx: Tensor, t: Tensor, a: Tensor, mask: BlockMask | None, start: int, x: Tensor | None, da: RowSum | None
 ) -> None:
     """dx += drop'(t a) and, where da is given, da += tᵀ drop(x), in place; row 0 of dx is row ``start`` of the mask."""
     if mask is None and _tiny(dx) and a.dtype == t.dtype:
@@ -295,18 +315,20 @@ def _add_lowrank(
         return
     left, right = _rank_factors(t, a, dx.dtype) if _base_first(dx, dx.dtype) else (t, a)
     if mask is None:
-        dx.addmm_(left, right)
+        add_product(dx, left, right)
         return
     for i, j in _row_blocks(dx):
         hashes = mask.hashes(start + i, j - i)
-        lowrank = torch.mm(part(left, i, j), right, out=mask.spare(hashes, left.dtype))
+        lowrank = _product(part(left, i, j), right, mask.spare(hashes, left.dtype))
         part(dx, i, j).add_(mask.zero_dropped(lowrank, hashes, out=lowrank))
-        if x is None or da is None:
-            continue
-        if x.dtype == a.dtype == left.dtype != da.dtype:
-            da += torch.mm(part(left, i, j).t(), _dropped(x, start + i, start + j, mask, hashes, x.dtype))
-        else:
-            da.addmm_(part(t, i, j).t(), _dropped(x, start + i, start + j, mask, hashes, da.dtype))
+        if x is not None and da is not None:
+            dropped = _dropped(x, start + i, start + j, mask, hashes, da.operands)
+            da.add(_in(part(t, i, j), da.operands), dropped)
+
+
+def _product(t: Tensor, f: Tensor, free: Tensor | None) -> Tensor:
+    """t f, in memory that is free where there is some."""
+    return torch.mm(t, f) if free is None else add_product(free, t, f, keep=False)
 
 
 def _grad_x_upcast(
@@ -317,7 +339,7 @@ def _grad_x_upcast(
     mask: BlockMask | None,
     x_dtype: torch.dtype,
     x: Tensor | None,
-    da: Tensor | None,
+    da: RowSum | None,
 ) -> Tensor:
     (rows, out), features = dy.shape, w.shape[1]
     dx = dy.new_empty(rows, features, dtype=x_dtype)
@@ -333,14 +355,16 @@ def _grad_x_upcast(
 
 def grad_a(x: Tensor, ds: Tensor, mask: BlockMask | None, dtype: torch.dtype, upcast: bool) -> Tensor:
     """da = dsᵀ drop(x), (R, K) in ``dtype``, that of the adapters."""
-    acc = ds.dtype
-    if mask is None and (x.dtype == acc or _native(x, dtype, upcast)):
-        return _in(torch.mm(_in(ds, x.dtype).t(), x), dtype)
+    acc = acc_dtype(ds.dtype)
+    if mask is None and x.dtype == acc:
+        return _in(row_sum(_in(ds, acc), x).total(), dtype)
+    if mask is None and _native(x, dtype, upcast):
+        return torch.mm(_in(ds, dtype).t(), x)
     if mask is None and _tiny(x):
-        return _in(torch.mm(ds.t(), _in(x, acc)), dtype)
-    t = ds if mask is None else ds * mask.scale
-    da = torch.zeros(ds.shape[1], x.shape[1], dtype=acc, device=x.device)
+        return _in(torch.mm(_in(ds, acc).t(), _in(x, acc)), dtype)
+    t = _in(ds, acc) if mask is None else ds.to(acc) * mask.scale
+    da = RowSum(ds.shape[1], x, acc, acc)
     for i, j in _row_blocks(x):
         block = _in(part(x, i, j), acc) if mask is None else _dropped(x, i, j, mask, mask.hashes(i, j - i), acc)
-        da.addmm_(part(t, i, j).t(), block)
-    return _in(da, dtype)
+        da.add(part(t, i, j), block)
+    return _in(da.total(), dtype)

@@ -16,12 +16,13 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 
-from fused_lora import lora_linear, reference, vendor
+from fused_lora import dropout, lora_linear, rank_products, reference, vendor
 from fused_lora.dropout import keep_mask
 from fused_lora.ops import linear as ops_linear
 
@@ -210,14 +211,19 @@ def wide(t: torch.Tensor) -> np.ndarray:
 def block_sizes(blocks: str):
     """Run the ``torch`` strategy with "shipped", "small", "native" or "small-native" blocks.
 
-    small: the seams of the blocked loops lie inside small tensors, and none of those is tiny. native: the path of a
-    device that multiplies bfloat16 and float16, whether or not this CPU does.
+    small: the seams of the blocked loops and of the batched products lie inside small tensors, and none of those is
+    tiny. native: the path of a device that multiplies bfloat16 and float16, whether or not this CPU does.
     """
     with contextlib.ExitStack() as stack:
         if "small" in blocks:
-            sizes = (("_CPU_BLOCK", 64), ("_UPCAST_ROWS", 1024), ("_UPCAST_WEIGHT", 1024), ("_TINY", 0))
-            for name, elements in sizes:
-                stack.enter_context(mock.patch.object(vendor, name, elements))
+            smaller: dict[Any, dict[str, Any]] = {
+                vendor: {"_CPU_BLOCK": 64, "_UPCAST_ROWS": 1024, "_UPCAST_WEIGHT": 1024, "_TINY": 0},
+                dropout: {"_HASHED": 256},
+                rank_products: {"_LEAST": 0, "_NARROWEST": 3, "_WIDTH": 5, "_WIDEST": 16},
+            }
+            smaller[rank_products]["_column_parts"] = rank_products._column_parts.__wrapped__  # nothing remembered
+            for module, values in smaller.items():
+                stack.enter_context(mock.patch.multiple(module, **values))
         if "native" in blocks:
             plan_for = ops_linear.plan_for
 

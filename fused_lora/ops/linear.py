@@ -98,12 +98,12 @@ def _forward(
         if _lowers(plan, x.dtype, weight):
             rows, a, b = rows.to(dtype), a.to(dtype), b.to(dtype)
             lora_bias = None if lora_bias is None else lora_bias.to(dtype)
-        s = pieces.shrink(plan, rows, a, mask)
+        s = pieces.shrink(plan, rows, a, mask, rounded=True)
         y = pieces.expand(plan, rows, pieces.operand(plan, weight), bias, s, b, lora_bias, factor)
     if x.dim() != 2:
         # Not .view: autograd forbids in-place work (an activation, += residual) on a view made inside a Function.
         y = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], N))
-    return y, s
+    return y, s if s.dtype != torch.bfloat16 else s.float()
 
 
 def _backward(
@@ -144,7 +144,7 @@ def _backward(
             plan = plan_for(M, N, in_features, rank, dy.dtype, dy.dtype, p > 0.0, dy.device, strategy)
             x, a, b = (None if t is None else t.to(dy.dtype) for t in (x, a, b))
         if need_ds or need_b:
-            ds, db = pieces.grad_b(plan, dy, b if need_ds else None, s if need_b else None, factor)
+            ds, db = pieces.grad_b(plan, dy, b if need_ds else None, s if need_b else None, factor, rounded=True)
         mask = None if seed is None else pieces.Mask(seed, M, in_features, p)
         rows = None
         if need_a:

@@ -1,0 +1,108 @@
+"""Products with the rank among their sizes, in float32 on a CPU: a batch of smaller ones instead of one.
+
+M rows, R rank, P and K columns: t (M, R), f (R, P), x (M, K).
+
+MKL multiplies matrices that are R wide slowly when they are given to it whole: it cuts them for its threads and its
+caches where they are narrow. Cut into a batch by us, tᵀ x takes 55 to 80 % of the time, t f with few ranks 45 to 80 %
+(AMD EPYC, 2 threads, torch 2.13, 2026-11-25; docs/tuning-notes.md). Each element is summed in float32 over the same
+terms either way. Elsewhere these are the plain products.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+# Columns of a part of tᵀ x: the nearest divisor of K to 128 within these.
+_NARROWEST, _WIDTH, _WIDEST = 64, 128, 160
+# Elements of x, or of t f, below which one product is as fast.
+_LEAST = 1 << 16
+
+
+@functools.cache
+def _mkl() -> bool:
+    return torch.backends.mkl.is_available()
+
+
+@functools.lru_cache(maxsize=64)
+def _column_parts(columns: int) -> int:
+    """Into how many parts of equal width the columns of x are cut; 1 where no fitting width divides them."""
+    widths = [width for width in range(_NARROWEST, _WIDEST + 1) if columns % width == 0]
+    return columns // min(widths, key=lambda width: abs(width - _WIDTH)) if columns and widths else 1
+
+
+def _batches(t: Tensor, dtype: torch.dtype) -> bool:
+    return t.is_cpu and dtype == torch.float32 and t.numel() >= _LEAST and _mkl()
+
+
+def _rows_of_a_part(rows: int, rank: int) -> int:
+    """Rows of t in a part of t f; 0: it is left whole."""
+    if rank <= 8:
+        return 16
+    return 64 if rank <= 16 or rows <= 256 else 0
+
+
+def add_product(y: Tensor, t: Tensor, f: Tensor, alpha: float = 1.0, keep: bool = True) -> Tensor:
+    """y += alpha · t f, in place, y (M, P) contiguous; without ``keep`` what y held is not read."""
+    beta = 1.0 if keep else 0.0
+    rows, rank = t.shape
+    height = _rows_of_a_part(rows, rank) if _batches(y, y.dtype) else 0
+    parts = rows // height if height else 0
+    if parts < 2:
+        return y.addmm_(t, f, beta=beta, alpha=alpha)
+    whole = parts * height
+    y[:whole].unflatten(0, (parts, height)).baddbmm_(
+        t[:whole].unflatten(0, (parts, height)), f.expand(parts, -1, -1), beta=beta, alpha=alpha
+    )
+    if whole < rows:
+        y[whole:].addmm_(t[whole:], f, beta=beta, alpha=alpha)
+    return y
+
+
+class RowSum:
+    """tᵀ x, (R, K), summed over blocks of rows of t (M, R) and x (M, K) in their accumulation dtype ``acc``.
+
+    ``operands`` is the dtype that the products read, ``acc`` or a lower one.
+    """
+
+    def __init__(self, rank: int, x: Tensor, acc: torch.dtype, operands: torch.dtype):
+        self.operands = operands
+        self._shape, self._acc, self._device = (rank, x.shape[1]), acc, x.device
+        self._parts = _column_parts(x.shape[1]) if _batches(x, operands) else 1
+        self._sum: Tensor | None = None  # (parts, R, K / parts), or (R, K)
+
+    def add(self, t: Tensor, x: Tensor) -> None:
+        """Adds tᵀ x of some rows; both in ``operands``."""
+        left, total = t.t(), self._sum
+        if self._parts > 1:
+            left = left.expand(self._parts, -1, -1)
+            x = x.unflatten(1, (self._parts, -1)).transpose(0, 1)
+            self._sum = torch.bmm(left, x) if total is None else total.baddbmm_(left, x)
+        elif total is None:
+            product = torch.mm(left, x)
+            self._sum = product if self._acc == self.operands else product.to(self._acc)
+        elif self._acc == self.operands:
+            total.addmm_(left, x)
+        else:
+            total.add_(torch.mm(left, x))
+
+    def total(self) -> Tensor:
+        """The sum, (R, K), contiguous; 0 where no row was added."""
+        if self._sum is None:
+            return torch.zeros(self._shape, dtype=self._acc, device=self._device)
+        return self._sum if self._sum.dim() == 2 else self._sum.transpose(0, 1).flatten(1)
+
+    def turned(self) -> Tensor:
+        """The sum as xᵀ t, (K, R), contiguous."""
+        if self._sum is None or self._sum.dim() == 2:
+            return self.total().t().contiguous()
+        return self._sum.transpose(1, 2).flatten(0, 1)
+
+
+def row_sum(t: Tensor, x: Tensor) -> RowSum:
+    """tᵀ x in one go, both in their accumulation dtype."""
+    whole = RowSum(t.shape[1], x, x.dtype, x.dtype)
+    whole.add(t, x)
+    return whole

@@ -1,0 +1,79 @@
+"""Products with the rank among their sizes, cut into batches: the same sums as the plain products, to the last bit.
+
+The factors are small whole numbers, so that float32 adds them up exactly in any order.
+"""
+
+import pytest
+import torch
+
+from fused_lora import rank_products
+from fused_lora.rank_products import RowSum, add_product, row_sum
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="without MKL nothing is cut")
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def whole_numbers(*shape, dtype=FP32):
+    return torch.randint(-4, 5, shape).to(dtype)
+
+
+def laid_out(t, layout):
+    """t as "contiguous", "transposed" in memory, or "strided" inside something larger."""
+    if layout == "transposed":
+        return t.t().contiguous().t()
+    if layout == "strided":
+        big = t.new_full((2 * t.shape[0], t.shape[1] + 3), torch.nan)
+        big[::2, 3:] = t
+        return big[::2, 3:]
+    return t
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+@pytest.mark.parametrize(("rows", "rank"), [(256, 8), (40, 3), (1000, 8), (1000, 16), (259, 17), (256, 130), (700, 17)])
+def test_add_product(rows, rank, layout):
+    P = 2048
+    t, f, y = whole_numbers(rows, rank), whole_numbers(rank, P), whole_numbers(rows, P)
+    expected = y.double() + 2.0 * (t.double() @ f.double())
+    assert torch.equal(add_product(y.clone(), laid_out(t, layout), laid_out(f, layout), alpha=2.0).double(), expected)
+
+
+@pytest.mark.parametrize("rank", [8, 16, 40])
+def test_what_is_not_kept_is_not_read(rank):
+    t, f = whole_numbers(200, rank), whole_numbers(rank, 1024)
+    free = torch.full((200, 1024), torch.nan)
+    assert torch.equal(add_product(free, t, f, keep=False), t @ f)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+@pytest.mark.parametrize("K", [2048, 784, 1100, 2049, 67 * 64])
+def test_row_sum(K, layout):
+    t, x = whole_numbers(300, 12), whole_numbers(300, K)
+    total = RowSum(12, x, FP32, FP32)
+    for i, j in ((0, 128), (128, 129), (129, 300)):
+        total.add(t[i:j], laid_out(x[i:j], layout))
+    assert torch.equal(total.total(), t.t() @ x)
+    assert torch.equal(total.turned(), x.t() @ t)
+    assert total.total().is_contiguous()
+    assert total.turned().is_contiguous()
+    assert torch.equal(row_sum(t, laid_out(x, layout)).total(), t.t() @ x)
+
+
+def test_row_sum_of_a_lower_dtype_and_of_no_rows():
+    t, x = whole_numbers(300, 12, dtype=BF16), whole_numbers(300, 2048, dtype=BF16)
+    total = RowSum(12, x, FP32, BF16)
+    total.add(t[:150], x[:150])
+    total.add(t[150:], x[150:])
+    halves = [(t[i : i + 150].t() @ x[i : i + 150]).float() for i in (0, 150)]
+    assert torch.equal(total.total(), halves[0] + halves[1])
+    none = RowSum(12, x, FP32, FP32)
+    assert torch.equal(none.total(), torch.zeros(12, 2048))
+    assert torch.equal(none.turned(), torch.zeros(2048, 12))
+
+
+def test_which_products_are_cut():
+    x = torch.empty(64, 2048)
+    assert [rank_products._column_parts(K) for K in (0, 64, 784, 2048, 11008, 2049)] == [1, 1, 7, 16, 86, 1]
+    assert RowSum(8, x, FP32, FP32)._parts == 16
+    assert RowSum(8, x[:8], FP32, FP32)._parts == 1  # few elements
+    assert RowSum(8, x.double(), torch.float64, torch.float64)._parts == 1
+    assert RowSum(8, x.to(BF16), FP32, BF16)._parts == 1
