@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .dropout import draw_seed, keep_mask, keep_scale
 from .ops.linear import FusedLoRALinear
@@ -40,13 +41,13 @@ class Adapter(NamedTuple):
 class Norms:
     """The norms ‖W + scale · B A‖ of one adapter on one layer, with what can be reused of them from call to call.
 
-    ‖W‖² is kept as long as W is the same tensor in the same version. On a CPU the whole result is kept too, as long
+    ‖W‖² is kept as long as W is the same memory in the same version. On a CPU the whole result is kept too, as long
     as A, B and the scale have the same values: PEFT's hot swap writes factors through ``.data``, which no version
     counter shows, and on a GPU the comparison would wait for the device. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
-        self._weight_key: tuple[Any, ...] = ()
+        self._weight_key: tuple[Any, ...] | None = None
         self._weight_squares: Tensor | None = None
         self._factors: tuple[Tensor, Tensor, float] | None = None
         self._result: Tensor | None = None
@@ -54,12 +55,13 @@ class Norms:
     def __reduce__(self) -> tuple[type[Norms], tuple[()]]:
         return Norms, ()
 
+    # What is kept must serve a training step later, so no inference tensors are made.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, acc: torch.dtype) -> Tensor:
         """(N,) in ``acc``."""
-        version = None if weight.is_inference() else weight._version
-        key = (weight.data_ptr(), version, weight.dtype, weight.shape, weight.stride(), weight.device, acc)
-        if key != self._weight_key:
+        key = _key(weight, acc)
+        if key is None or key != self._weight_key:
             self._weight_squares = torch.linalg.vector_norm(weight, dim=1, dtype=acc).to(_sums(weight)).square_()
             self._weight_key, self._factors = key, None
         if weight.device.type != "cpu":
@@ -77,6 +79,16 @@ class Norms:
         assert self._weight_squares is not None
         with torch.autocast(weight.device.type, enabled=False):
             return _norms(self._weight_squares, weight, a, b, scale, acc)
+
+
+def _key(weight: Tensor, acc: torch.dtype) -> tuple[Any, ...] | None:
+    """What tells a W from another, or from itself changed in place; None for an inference tensor, which counts no
+    versions. The weak reference keeps a freed memory's name, though not the memory, from being given to another."""
+    if weight.is_inference():
+        return None
+    memory = StorageWeakRef(weight.untyped_storage())
+    place = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device)
+    return (memory, weight._version, *place, acc)
 
 
 def _norms(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, acc: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import pieces
 from .peft_several import add_lowrank
 from .plan import Plan, plan_for
-from .vendor import acc_dtype
+from .vendor import acc_dtype, with_rank
 
 
 class Span(NamedTuple):
@@ -107,9 +107,20 @@ def _forward(
     for i, (start, stop, scale) in enumerate(constants.spans):
         a, b, lora_bias = factors[3 * i : 3 * i + 3]
         s = F.linear(rows[start * each : stop * each].to(a.dtype), a)
-        y[start * each : stop * each] += F.linear(s * scale, b, None if lora_bias is None else lora_bias * scale)
+        _add_delta(y[start * each : stop * each], s, b, lora_bias, scale)
         kept.append(s)
     return _put_back(y, x.shape[:-1], order), kept
+
+
+def _add_delta(y: Tensor, s: Tensor, b: Tensor, lora_bias: Tensor | None, scale: float) -> None:
+    """y += scale · (s bᵀ + lora_bias), in place; the scale never meets a float16 s, whose range it could leave."""
+    if y.dtype == b.dtype and abs(scale) > 0:  # BLAS skips the product at 0 and NaN, whatever is in it
+        if lora_bias is not None:
+            s, b = with_rank(s, b, 1.0, lora_bias)
+        y.addmm_(s, b.t(), alpha=scale)
+        return
+    acc = acc_dtype(b.dtype)
+    y += F.linear(s.to(acc) * scale, b.to(acc), None if lora_bias is None else lora_bias.to(acc) * scale)
 
 
 class FusedMixedLinear(torch.autograd.Function):

@@ -246,11 +246,13 @@ def route_mixed(layer: Any, x: Any, names: Any) -> tuple[Parts, torch.dtype] | s
     PEFT's forward."""
     if torch.compiler.is_compiling() or not isinstance(names, (list, tuple)):
         return MIXED
+    if isinstance(x, torch.Tensor) and x.dim() and len(names) != x.shape[0]:
+        return MIXED  # PEFT's error, before a name is looked at
     parts = parts_of(layer, dict.fromkeys(names))
     if isinstance(parts, str):
         return parts
     refusal = _input_refusal(x, parts)
-    if refusal is not None or x.dim() < 2 or x.shape[0] != len(names):
+    if refusal is not None or x.dim() < 2:
         return refusal or MIXED
     dtype = None
     for branch in parts.branches:

@@ -99,13 +99,22 @@ def _fused_class() -> Any:
                     y = peft_forward.mixed_forward(self, x, kwargs["adapter_names"])
             return super().forward(x, *args, **kwargs) if y is None else y
 
+        # PEFT writes the weight through .data, which no version shows: when it merges, and for some initialisations.
         def merge(self, *args: Any, **kwargs: Any) -> None:
-            self.__dict__.pop("_fused_lora_norms", None)  # PEFT writes the weight through .data, which no version shows
+            self.__dict__.pop("_fused_lora_norms", None)
             super().merge(*args, **kwargs)
 
         def unmerge(self) -> None:
             self.__dict__.pop("_fused_lora_norms", None)
             super().unmerge()
+
+        def update_layer(self, *args: Any, **kwargs: Any) -> None:
+            self.__dict__.pop("_fused_lora_norms", None)
+            super().update_layer(*args, **kwargs)
+
+        def reset_lora_parameters(self, *args: Any, **kwargs: Any) -> None:
+            self.__dict__.pop("_fused_lora_norms", None)
+            super().reset_lora_parameters(*args, **kwargs)
 
         def _get_name(self) -> str:
             return "Linear"  # print(model) and get_layer_status show what they showed before

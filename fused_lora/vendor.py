@@ -119,9 +119,9 @@ def expand(
     """y = x wᵀ + bias + scale · (s bᵀ + lora_bias), (M, N) in ``dtype``."""
     if not upcast:
         x, w = _in(x, dtype), _in(w, dtype)
-        if lora_bias is None and not isinstance(scale, Tensor) and scale != 0 and _base_first(x, dtype):
-            # The form below with the scale inside the last step: one operator less, which small layers feel. Not at 0,
-            # where BLAS skips the product and an Inf in it, which 0 turns into NaN.
+        if lora_bias is None and not isinstance(scale, Tensor) and abs(scale) > 0 and _base_first(x, dtype):
+            # The form below with the scale inside the last step: one operator less, which small layers feel. Not at 0
+            # or NaN, where BLAS skips the product: with Inf in it, or NaN before it, y is NaN.
             if b.dtype == dtype:
                 y = F.linear(x, w, None if bias is None else _in(bias, dtype))
                 return add_product(y, _in(s, dtype), b.t(), alpha=scale)
@@ -130,7 +130,7 @@ def expand(
                 return y.add_(torch.mm(s, b.t()), alpha=scale)
     t = _in(s, acc_dtype(dtype)) * scale
     if lora_bias is not None:
-        t, b = _with_rank(t, b, scale, lora_bias)
+        t, b = with_rank(t, b, scale, lora_bias)
     if upcast:
         return _expand_upcast(x, w, bias, t, b, dtype)
     if _base_first(x, dtype):
@@ -138,11 +138,11 @@ def expand(
         y = F.linear(x, w, None if bias is None else bias.to(dtype))
         return add_product(y, *_rank_factors(t, b.t(), dtype))
     if bias is not None:
-        t, b = _with_rank(t, b, 1.0, bias)
+        t, b = with_rank(t, b, 1.0, bias)
     return _rank_product(t, b.t(), dtype).addmm_(x, w.t())
 
 
-def _with_rank(t: Tensor, b: Tensor, factor: float | Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+def with_rank(t: Tensor, b: Tensor, factor: float | Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
     """t and b with one more rank, which adds factor · vector to every row of t bᵀ: no pass over y, no rounding of y."""
     return torch.cat([t, torch.ones_like(t[:, :1]) * factor], dim=1), torch.cat([b, vector[:, None]], dim=1)
 
@@ -247,7 +247,7 @@ def _low_grad_b(
     dy: Tensor, b: Tensor | None, s: Tensor | None, scale: float | Tensor, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """:func:`grad_b` where everything is bfloat16."""
-    if dy.is_cpu and not isinstance(scale, Tensor) and scale != 0:
+    if dy.is_cpu and not isinstance(scale, Tensor) and abs(scale) > 0:
         # The scale inside the product: rounded once, no pass to cast. beta = 0 reads nothing. Not at 0, see ``expand``.
         unread = dy.new_empty(1)
         ds = None if b is None else torch.addmm(unread, dy, b, beta=0, alpha=scale)

@@ -270,6 +270,15 @@ def test_scale_takes_any_finite_value(scale, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_in_a_tensor_that_is_not_finite_shows(dtype, strategy):
+    """Also of many elements, where BLAS takes a factor NaN for 0."""
+    inputs = make_inputs(Case((30,), N=40, K=48, R=4))
+    args = [inputs[name].to(dtype) for name in ("x", "weight", "lora_a", "lora_b")]
+    assert lora_linear(*args, torch.tensor(float("nan")), strategy=strategy).isnan().all()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_scale_as_a_tensor_of_any_float_dtype_is_the_float(strategy):
     inputs = make_inputs(Case((9,), N=5, K=7, R=3))
     args = [inputs[name] for name in ("x", "weight", "lora_a", "lora_b")]

@@ -214,6 +214,9 @@ def test_mixed_batches_that_peft_must_decide():
                 m(X, adapter_names=wrong)
             messages.append(str(raised.value))
         assert messages[0] == messages[1]
+    for m in (model, ours):  # the length comes before the names, which cannot even be looked up
+        with pytest.raises(ValueError, match="same as the input batch size"):
+            layers(m)[0](X, adapter_names=[["default"]] * 3)
     ours.train()
     with pytest.raises(ValueError, match="training mode"):
         ours(X, adapter_names=names)
@@ -251,3 +254,24 @@ def test_compiled_mixed_batches():
         torch._dynamo.reset()
         results.append(run(torch.compile(m, backend="aot_eager"), X, dy, adapter_names=MIXES["shuffled"]))
     assert results[0].equals(results[1])
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scaling_does_not_leave_the_range_of_float16(autocast, lora_bias):
+    """s times the scale is more than float16 holds; s is not, nor that times B."""
+    dtype = torch.float32 if autocast else torch.float16
+    model = peft_model(train=False, dtype=dtype, cast_adapters=False, r=1, lora_alpha=64, lora_bias=lora_bias)
+    for layer in layers(model):
+        layer.lora_A["default"].weight.data.fill_(0.02)
+        layer.lora_B["default"].weight.data.fill_(1e-3)
+        layer.base_layer.weight.data.mul_(0.01)
+        if lora_bias:
+            layer.lora_B["default"].bias.data.fill_(0.5)
+    ours, _ = patched_copy(model)
+    x, names = torch.full((2, K), 4000.0, dtype=dtype), ["default"] * 2  # s = 4880
+    with torch.no_grad(), torch.autocast("cpu", torch.float16, enabled=autocast):
+        assert not isinstance(route_mixed(layers(ours)[0], x, names), str)
+        y, expected = ours(x, adapter_names=names), model(x, adapter_names=names)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(y, expected, rtol=2e-3, atol=0.5)
