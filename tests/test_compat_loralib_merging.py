@@ -10,6 +10,7 @@ from loralib_cases import CASES, SCALE, load
 from torch import nn
 
 from fused_lora.compat import loralib as lora
+from fused_lora.compat.loralib import merging
 
 NAMES = ["linear", "linear-turned", "merged-qv-turned", "embedding", "conv2d", "conv2d-groups", "conv3d"]
 
@@ -221,6 +222,89 @@ class TestLoading:
         layer = CASES["conv2d"].build(lora, device="meta").to_empty(device="cpu")
         assert layer.weight is layer.conv.weight
         assert layer.bias is layer.conv.bias
+
+
+class TestLiveStateDicts:
+    """``state_dict()`` without a copy: its weight is the layer's memory, so a change of mode changes it."""
+
+    @pytest.mark.parametrize("marked", [True, False], ids=["marked", "bare"])
+    @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+    @pytest.mark.parametrize("modes", ["ee", "et", "te", "tt", "ete", "tet"])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_loading_ones_own_changes_nothing(self, name, modes, assign, marked):
+        case, tensors, layer = make(name)
+        state = layer.train(modes[0] == "t").state_dict()
+        for mode in modes[1:]:
+            layer.train(mode == "t")
+        layer.load_state_dict(state if marked else dict(state), assign=assign)
+        assert layer.merged == (modes[-1] == "e")
+        if layer.merged:
+            assert_merged(case, tensors, layer.weight)
+        assert torch.equal(layer.train().weight, tensors["weight"])
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_new_factors_beside_ones_own_weight(self, name):
+        case, tensors, layer = make(name)
+        state = layer.eval().state_dict()
+        state["lora_B"] = 2 * state["lora_B"]
+        layer.load_state_dict(state)
+        assert_merged(case, tensors | {"lora_B": state["lora_B"]}, layer.weight)
+        assert torch.equal(layer.train().weight, tensors["weight"])
+
+    @pytest.mark.parametrize("target_mode", [True, False], ids=["into-train", "into-eval"])
+    @pytest.mark.parametrize("through", ["live", "deepcopy", "torch.save"])
+    @pytest.mark.parametrize("modes", ["et", "te", "ete", "tet"])
+    @pytest.mark.parametrize("name", ["linear-turned", "conv2d"])
+    def test_modes_that_change_before_it_is_read(self, name, modes, through, target_mode):
+        """The end of a run that kept its best state uncopied: the last state, but not a corrupt one."""
+        case, tensors, layer = make(name, torch.float64)
+        state = nn.Sequential(layer.train(modes[0] == "t")).state_dict()
+        for mode in modes[1:]:
+            layer.train(mode == "t")
+        del layer
+        state = {"live": lambda live: live, "deepcopy": copy.deepcopy, "torch.save": saved}[through](state)
+        target = nn.Sequential(load(case, lora, case.checkpoint(torch.float64))).train(target_mode)
+        target.load_state_dict(state)
+        assert target[0].merged == (not target_mode)
+        assert torch.allclose(target.train()[0].weight, tensors["weight"], rtol=0, atol=1e-14)
+
+    def test_a_copy_put_in_its_place_stays_what_it_was(self):
+        case, tensors, layer = make("linear", torch.float64)
+        state = layer.eval().state_dict()
+        state["weight"] = state["weight"].clone()
+        target = load(case, lora, case.checkpoint(torch.float64))
+        layer.train()
+        target.load_state_dict(state)
+        assert torch.allclose(target.weight, tensors["weight"], rtol=0, atol=1e-14)
+
+    def test_a_conversion_while_merged(self):
+        """The weight moves to new memory; the old one, unmerged for it, stays with the state dict."""
+        case, tensors, layer = make("linear")
+        state = layer.eval().state_dict()
+        layer.double()
+        target = load(case, lora, case.checkpoint())
+        target.load_state_dict(state)
+        assert torch.equal(target.weight, tensors["weight"])
+
+    def test_what_was_assigned_is_followed_too(self):
+        """Merged tensors of a file become a layer's own; a second layer that copies them afterwards gets it right."""
+        case, tensors, source = make("linear", torch.float64)
+        state = saved(source.eval().state_dict())
+        first, second = (load(case, lora, case.checkpoint(torch.float64)) for _ in range(2))
+        first.load_state_dict(state, assign=True)
+        assert first.weight.data_ptr() == state["weight"].data_ptr()
+        second.load_state_dict(state)
+        for layer in (first, second):
+            assert torch.allclose(layer.weight, tensors["weight"], rtol=0, atol=1e-14)
+
+    def test_nothing_is_kept_of_a_state_dict_that_is_gone(self):
+        _, _, layer = make("linear")
+        for _ in range(3):
+            state = layer.state_dict()
+        assert len(merging._HOLDERS[layer]) == 2, "the last, and the one that it replaced"
+        del state
+        layer.eval()
+        assert merging._HOLDERS[layer] == []
 
 
 class TestFunctions:

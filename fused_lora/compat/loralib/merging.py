@@ -10,6 +10,7 @@ what changes while merged is followed. Users see the same: ``weight`` holds the 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ from torch import Tensor, nn
 from ...checks import autocasting
 from ...dropout import check_p
 from ...layer import check_alpha, check_rank
+from ...substitution import is_plain
+
+# The state dicts that hold a layer's weight itself, not a copy: (the tensor in the dict, the layer's metadata there).
+_Holder = tuple["weakref.ref[Tensor]", dict[str, Any]]
+_HOLDERS: weakref.WeakKeyDictionary[MergingLayer, list[_Holder]] = weakref.WeakKeyDictionary()
 
 
 class LoRALayer:
@@ -94,6 +100,7 @@ class MergingLayer(LoRALayer, nn.Module):
                 self.weight.data.copy_(self._delta_weight().add_(self._base))
             self._sum, self._merged_from = _versions(self.weight), self._factor_versions()
         self.merged = True
+        self._mark()
 
     def _unmerge(self) -> None:
         if self._adapts:
@@ -103,6 +110,15 @@ class MergingLayer(LoRALayer, nn.Module):
                 else:
                     self.weight.data.copy_(self._delta_weight().neg_().add_(self.weight))
         self._base, self.merged = None, False
+        self._mark()
+
+    def _mark(self) -> None:
+        """Keep true what a state dict says of a weight that is this layer's own memory, written by every change."""
+        if not (holders := _HOLDERS.get(self)):
+            return
+        _HOLDERS[self] = [(ref, said) for ref, said in holders if _same_memory(ref(), self.weight)]
+        for _, said in _HOLDERS[self]:
+            said["merged"] = self.merged
 
     @property
     def _exact(self) -> bool:
@@ -145,17 +161,27 @@ class MergingLayer(LoRALayer, nn.Module):
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None and self._adapts:
             metadata["merged"] = self.merged
+            self._held_by(destination[prefix + "weight"], metadata)
+
+    def _held_by(self, t: Tensor, metadata: dict[str, Any]) -> None:
+        # A parameter outlives its place in the dict, so that it would not tell when a copy has taken that place.
+        if t is not self.weight and _same_memory(t, self.weight):
+            alive = [holder for holder in _HOLDERS.get(self, ()) if holder[0]() is not None]
+            _HOLDERS[self] = [*alive, (weakref.ref(t), metadata)]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        was_merged = self.merged
-        whole = self._adapts and prefix + "weight" in state_dict and prefix + "lora_A" in state_dict
-        # loralib's files do not say what their weight is. In loralib a merged layer takes it for merged, and so here.
-        self._loading = was_merged, whole and local_metadata.get("merged", was_merged)
+        was_merged, weight = self.merged, state_dict.get(prefix + "weight")
         if was_merged:
             self._unmerge()
+        # Our own memory was unmerged with us just now, or before: whatever is said of it, it holds the base.
+        whole = prefix + "lora_A" in state_dict and weight is not None and not _same_memory(weight, self.weight)
+        # loralib's files do not say what their weight is. In loralib a merged layer takes it for merged, and so here.
+        self._loading = was_merged, self._adapts and whole and local_metadata.get("merged", was_merged)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if self._adapts and weight is not None:  # assign=True makes it our memory
+            self._held_by(weight, local_metadata)
 
 
 def _settle(layer: MergingLayer, _incompatible_keys: Any) -> None:
@@ -164,6 +190,7 @@ def _settle(layer: MergingLayer, _incompatible_keys: Any) -> None:
     was_merged, file_is_merged = layer.__dict__.pop("_loading", (layer.merged, False))
     if file_is_merged:
         layer.merged = True
+        layer._mark()
         if not was_merged:
             layer._unmerge()
     elif was_merged and not layer.merged:
@@ -173,3 +200,10 @@ def _settle(layer: MergingLayer, _incompatible_keys: Any) -> None:
 def _versions(t: Tensor) -> tuple[int, ...]:
     # Inference tensors count no versions: they cannot be written outside inference mode either.
     return id(t), 0 if t.is_inference() else t._version
+
+
+def _same_memory(t: Tensor | None, weight: Tensor) -> bool:
+    """Whether writing weight in place writes t."""
+    if not (is_plain(t) and is_plain(weight)) or t.is_meta or t.device != weight.device or not t.numel():
+        return False
+    return t.data_ptr() == weight.data_ptr()
