@@ -22,6 +22,7 @@ from .adapter_config import AdapterConfig, literal
 from .adapter_files import AdapterError, StoredTensor
 from .adapter_models import Place, look
 from .adapters import load_into
+from .compat.loralib.linear import check_enabled
 from .convolution import LoRAConv
 from .layer import check_alpha
 
@@ -69,11 +70,12 @@ def load_loralib(
         task, overwrite_base: as in :func:`load_adapter`.
 
     Raises:
-        TypeError, ValueError: lora_alpha is not a finite number; the state dict does not hold tensors by name.
+        TypeError, ValueError: lora_alpha is not a finite number; the state dict does not hold tensors by name,
+            enable_lora not lists of bools.
         AdapterError: as :func:`load_adapter`; a convolution, which loralib factors in another way.
     """
     check_alpha(lora_alpha)
-    merged = dict(enable_lora or {})
+    merged = _enabled_by_path(enable_lora)
     factors, rest = _split(state_dict, _LORALIB)
     alphas = {}
     for path, parts in factors.items():
@@ -105,14 +107,48 @@ def load_torchtune(
         task, overwrite_base: as in :func:`load_adapter`.
 
     Raises:
-        TypeError, ValueError: lora_alpha is not a finite number; the state dict does not hold tensors by name.
-        AdapterError: as :func:`load_adapter`.
+        TypeError, ValueError: lora_alpha is not a finite number; the state dict does not hold tensors by name; rename
+            is no function, or gives something other than a string.
+        AdapterError: as :func:`load_adapter`; rename gives two layers one path.
     """
     check_alpha(lora_alpha)
     factors, rest = _split(state_dict, _TORCHTUNE)
     if rename is not None:
-        factors = {rename(path): parts for path, parts in factors.items()}
+        factors = _renamed(factors, rename)
     return _load(model, "this torchtune state dict", factors, rest, lora_alpha, {}, "none", task, overwrite_base)
+
+
+def _enabled_by_path(enable_lora: Any) -> dict[str, list[bool]]:
+    if enable_lora is None:
+        return {}
+    if not isinstance(enable_lora, Mapping):
+        raise TypeError(
+            "enable_lora must be a mapping from the path of each MergedLinear to its list, as "
+            f"{{'attn': [True, False, True]}}, got {type(enable_lora).__name__} {enable_lora!r}"
+        )
+    for path in enable_lora:
+        if not isinstance(path, str):
+            raise TypeError(f"enable_lora must have the paths of layers as keys, got {type(path).__name__} {path!r}")
+    return {path: check_enabled(enabled, f"enable_lora[{path!r}]") for path, enabled in enable_lora.items()}
+
+
+def _renamed(factors: Mapping[str, dict[str, Tensor]], rename: Callable[[str], str]) -> dict[str, dict[str, Tensor]]:
+    if not callable(rename):
+        raise TypeError(
+            f"rename must be a function from a path to a path, got {type(rename).__name__} {rename!r:.80}: for a dict, "
+            "pass its __getitem__"
+        )
+    olds: dict[str, str] = {}
+    for path in factors:
+        new = rename(path)
+        if not isinstance(new, str):
+            raise TypeError(
+                f"rename must return the path as a string, got {type(new).__name__} {new!r:.80} for {path!r}"
+            )
+        if new in olds:
+            raise AdapterError(f"rename gives {olds[new]!r} and {path!r} the same path {new!r}: nothing was loaded")
+        olds[new] = path
+    return {new: factors[path] for new, path in olds.items()}
 
 
 def to_loralib(model: nn.Module, *, lora_alpha: float, task: str | None = None) -> dict[str, Tensor]:

@@ -109,6 +109,36 @@ def test_torchtune_there_and_back(tmp_path):
         assert torch.equal(again(IDS), model(IDS))
 
 
+def test_a_rename_that_gives_two_layers_one_path():
+    """One of them would be lost, and nothing would tell which."""
+    made = factors(["attn"], dtype=torch.float32)["attn"]
+    state = {f"{i}.lora_{'ab'[j]}.weight": made[j] for i in (0, 1) for j in (0, 1)}
+    net = make_net(torch.float32)
+    with pytest.raises(AdapterError, match="rename gives '0' and '1' the same path 'attn': nothing was loaded"):
+        load_torchtune(net, state, lora_alpha=6, rename=lambda path: "attn")
+    assert not list(lora_layers(net))
+
+
+@pytest.mark.parametrize("rename", ["attn", 3, {"0": "attn"}, ["attn"]], ids=str)
+def test_a_rename_that_is_no_function(rename):
+    with pytest.raises(TypeError, match=rf"^rename must be a function .*, got {type(rename).__name__} .*__getitem__"):
+        load_torchtune(make_net(), {}, lora_alpha=6, rename=rename)
+
+
+@pytest.mark.parametrize("new", [None, 3, ["attn"], b"attn"], ids=str)
+def test_a_rename_that_gives_no_string(new):
+    state = {f"0.lora_{letter}.weight": torch.ones(1, 1) for letter in "ab"}
+    with pytest.raises(TypeError, match=rf"^rename must return .* a string, got {type(new).__name__} .* for '0'"):
+        load_torchtune(make_net(), state, lora_alpha=6, rename=lambda path: new)
+
+
+def test_a_rename_by_a_table():
+    made = factors(["attn"], dtype=torch.float32)["attn"]
+    state = {f"0.lora_{'ab'[j]}.weight": made[j] for j in (0, 1)}
+    model = load_torchtune(make_net(torch.float32), state, lora_alpha=6, rename={"0": "attn"}.__getitem__)
+    assert torch.equal(model.attn.lora_a, made[0])
+
+
 def test_into_tasks_and_out():
     made = factors(["attn", "out"], dtype=torch.float32)
     state = {f"{path}.lora_{'ab'[i]}.weight": pair[i] for path, pair in made.items() for i in (0, 1)}

@@ -20,6 +20,23 @@ from .. import route
 from .merging import MergingLayer
 
 
+def check_enabled(value: Any, name: str = "enable_lora") -> list[bool]:
+    """loralib's ``enable_lora`` as a list; raise ``TypeError`` unless it is a list, tuple or array of bools.
+
+    Of 0 and 1 loralib makes indices: ``[1, 0, 1]`` there means the first two of three groups.
+    """
+    listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    entries = value.tolist() if hasattr(value, "tolist") else [*value] if listed else None
+    if isinstance(entries, list):
+        entries = [entry.tolist() if hasattr(entry, "tolist") else entry for entry in entries]
+    if not isinstance(entries, list) or not all(type(entry) is bool for entry in entries):
+        raise TypeError(
+            f"{name} must be a list with True or False for each group of rows, as [True, False, True], got "
+            f"{type(value).__name__} {value!r}"
+        )
+    return entries
+
+
 class _LinearLayer(MergingLayer, nn.Linear):
     """What the two share: all but the shapes of the factors."""
 
@@ -108,12 +125,13 @@ class MergedLinear(_LinearLayer):
     (N, E·R) with zeros. The dense (N, K) update, which loralib builds in every forward, exists only while merging.
 
     Args:
-        enable_lora: for each of the G equal groups of rows whether it has LoRA.
+        enable_lora: for each of the G equal groups of rows whether it has LoRA; a list, tuple or array of bools.
         in_features, out_features, r, lora_alpha, lora_dropout, fan_in_fan_out, merge_weights, kwargs: see
             :class:`Linear`.
 
     Raises:
-        TypeError, ValueError: as Linear; the length of enable_lora does not divide out_features.
+        TypeError: as Linear; enable_lora holds something other than bools.
+        ValueError: as Linear; the length of enable_lora does not divide out_features.
     """
 
     def __init__(
@@ -128,15 +146,15 @@ class MergedLinear(_LinearLayer):
         merge_weights: bool = True,
         **kwargs: Any,
     ):
-        groups = len(enable_lora)
+        enabled = check_enabled(enable_lora)
+        groups = len(enabled)
         if groups == 0 or out_features % groups:
             raise ValueError(f"the length of enable_lora must divide out_features={out_features}, got {groups}")
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         self._set_up(r, lora_alpha, lora_dropout, merge_weights)
         self.enable_lora = enable_lora
-        enabled = sum(map(bool, enable_lora))
-        if r > 0 and enabled:
-            self._add_factors((r * enabled, in_features), (out_features // groups * enabled, r))
+        if r > 0 and any(enabled):
+            self._add_factors((r * sum(enabled), in_features), (out_features // groups * sum(enabled), r))
         self._finish(fan_in_fan_out)
 
     def _wide_b(self) -> Tensor:
@@ -156,7 +174,8 @@ class MergedLinear(_LinearLayer):
     @property
     def lora_ind(self) -> Tensor:
         """(N,) of bool: the rows of the groups with LoRA."""
-        return torch.tensor(self.enable_lora).bool().repeat_interleave(self.out_features // len(self.enable_lora))
+        enabled = torch.tensor([*map(bool, self.enable_lora)])
+        return enabled.repeat_interleave(self.out_features // len(self.enable_lora))
 
     def zero_pad(self, x: Tensor) -> Tensor:
         """(E·N/G, ...) -> (N, ...): the rows of the groups with LoRA at their places, zeros between them."""
