@@ -152,6 +152,104 @@ def test_settings_of_drop_ins(name):
         make(2, float("nan"))
 
 
+NO_LISTS = [
+    3,
+    None,
+    True,
+    "ab",
+    ["x"],
+    {True: 1},
+    {0: True},
+    [True, 2],
+    [True, None],
+    [1, 0],
+    range(2),
+    torch.tensor(True),
+]
+
+
+@pytest.mark.parametrize("value", NO_LISTS, ids=str)
+def test_enable_lora_of_no_bools(value):
+    """loralib fails on most of these in words of its own, and reads [1, 0] as indices of groups."""
+    message = rf" must be a list with True or False for each group of rows.*, got {type(value).__name__} "
+    with pytest.raises(TypeError, match=f"^enable_lora{message}"):
+        loralib.MergedLinear(4, 6, r=2, enable_lora=value)
+    net, state = torch.nn.ModuleDict({"q": torch.nn.Linear(4, 6)}), loralib.MergedLinear(4, 6, r=2, enable_lora=[True])
+    factors = {f"q.{name}": t for name, t in state.state_dict().items() if "lora_" in name}
+    with pytest.raises(TypeError, match=rf"^enable_lora\['q'\]{message}"):
+        convert.load_loralib(net, factors, lora_alpha=1, enable_lora={"q": value})
+
+
+def test_enable_lora_of_bools():
+    """Whatever loralib computes with."""
+    numpy = pytest.importorskip("numpy")
+    wanted = [True, False, True]
+    for value in (wanted, tuple(wanted), torch.tensor(wanted), numpy.array(wanted), list(numpy.array(wanted))):
+        layer = loralib.MergedLinear(4, 6, r=2, enable_lora=value)
+        assert (layer.enable_lora is value, layer.lora_A.shape, layer.lora_B.shape) == (True, (4, 4), (4, 2))
+        assert layer.lora_ind.tolist() == [True] * 2 + [False] * 2 + [True] * 2
+        assert layer(torch.ones(1, 4)).shape == (1, 6)
+
+
+@pytest.mark.parametrize("value", [3, True, "q", ["q"], [True]], ids=str)
+def test_enable_lora_by_no_path(value):
+    net = torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4)})
+    with pytest.raises(TypeError, match=rf"^enable_lora must be a mapping from .*, got {type(value).__name__} "):
+        convert.load_loralib(net, {}, lora_alpha=1, enable_lora=value)
+    with pytest.raises(TypeError, match=r"^enable_lora must have the paths of layers as keys, got int 0"):
+        convert.load_loralib(net, {}, lora_alpha=1, enable_lora={0: [True]})
+
+
+@pytest.mark.parametrize("p", [None, [], (), "", {}], ids=repr)
+def test_a_dropout_that_is_false_and_no_number(p):
+    for make in (
+        lambda: loralib.Linear(4, 4, 2, lora_dropout=p),
+        lambda: loralib.MergedLinear(4, 4, 2, lora_dropout=p, enable_lora=[True]),
+        lambda: loralib.Conv2d(4, 4, 3, 2, lora_dropout=p),
+        lambda: loralib.Linear(4, 4, 0, lora_dropout=p),
+    ):
+        with pytest.raises(TypeError, match=rf"^lora_dropout must be a number, got {type(p).__name__} "):
+            make()
+
+
+@pytest.mark.parametrize("value", [None, 1, "weight", [torch.ones(1)]], ids=str)
+def test_state_dicts_of_another_type(value):
+    for function in (lambda state: torchtune.get_merged_lora_ckpt(state, 1, 1), torchtune.get_adapter_state_dict):
+        with pytest.raises(TypeError, match=rf"^state_dict must be a dict of tensors, got {type(value).__name__}: "):
+            function(value)
+
+
+def test_a_merge_with_another_rank_than_the_factors():
+    """alpha / rank would be another scale, in silence. All layers are named and none is merged."""
+    state = torch.nn.ModuleDict(
+        {name: torchtune.LoRALinear(4, 4, r, 8.0) for name, r in {"q": 2, "k": 4, "v": 3}.items()}
+    ).state_dict()
+    before = dict(state)
+    with pytest.raises(
+        ValueError, match=r"rank=4 is not that of q\.lora_a\.weight \(2, 4\) .*; v\.lora_a\.weight \(3, 4\)"
+    ):
+        torchtune.get_merged_lora_ckpt(state, 4, 8.0)
+    assert state.keys() == before.keys()
+    assert all(state[key] is before[key] for key in before)
+    mixed = torchtune.LoRALinear(4, 4, 2, 8.0).state_dict() | {"lora_b.weight": torch.zeros(4, 3)}
+    with pytest.raises(ValueError, match=r"rank=2 is not that of lora_a\.weight \(2, 4\) and lora_b\.weight \(4, 3\)"):
+        torchtune.get_merged_lora_ckpt(mixed, 2, 8.0)
+    assert len(mixed) == 3
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [torchtune.LoRALinear(4, 4, 2, 1.0), loralib.Linear(4, 4, 2), loralib.MergedLinear(4, 4, 2, enable_lora=[True])],
+    ids=["torchtune", "loralib", "merged"],
+)
+def test_x_of_another_width(layer):
+    """nn.Linear's is a RuntimeError; docs/drop-ins.md says that this one is not."""
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"^x of shape \(3, 5\) does not fit weight of shape \(4, 4\)"):
+        layer(torch.ones(3, 5))
+
+
 def test_a_refused_merge_leaves_the_state_dict_alone():
     layer = torch.nn.ModuleDict({"q": torchtune.LoRALinear(4, 4, 2, 4.0)})
     state = layer.state_dict()

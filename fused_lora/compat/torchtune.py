@@ -14,7 +14,7 @@ import contextlib
 import functools
 import importlib
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -167,9 +167,45 @@ def set_trainable_params(model: nn.Module, adapter_params: Container[str]) -> No
         parameter.requires_grad_(name in adapter_params)
 
 
+def _check_state_dict(value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"state_dict must be a dict of tensors, got {type(value).__name__}: pass model.state_dict()")
+
+
 def get_adapter_state_dict(state_dict: dict[str, Any], device: str | None = "cpu") -> dict[str, Any]:
-    """The adapter's part of a model's state dict, on ``device`` (None: where it is)."""
+    """The adapter's part of a model's state dict, on ``device`` (None: where it is).
+
+    Raises:
+        TypeError: state_dict is not a dict.
+    """
+    _check_state_dict(state_dict)
     return {name: t.to(device) for name, t in state_dict.items() if "lora" in name or "magnitude" in name}
+
+
+def _mergeable(state_dict: Mapping[str, Any], rank: int) -> list[str]:
+    """The prefixes of the layers that can be merged; raise ``ValueError`` where that is not all of them."""
+    prefixes = [name.removesuffix("lora_a.weight") for name in state_dict if f".{name}".endswith(".lora_a.weight")]
+    needed = [prefix + part for prefix in prefixes for part in ("weight", "lora_a.weight", "lora_b.weight")]
+    known = {*needed, *(prefix + "magnitude" for prefix in prefixes)}
+    strange = [name for name in state_dict if ("lora" in name or "magnitude" in name) and name not in known]
+    missing = [name for name in needed if name not in state_dict]
+    if strange or missing:
+        raise ValueError(
+            f"only LoRALinear and DoRALinear can be merged: {strange} belong to neither, {missing} are missing "
+            "(torchtune's own function merges experts)"
+        )
+    found = {prefix: [state_dict[f"{prefix}lora_{f}.weight"] for f in "ab"] for prefix in prefixes}
+    others = [
+        f"{prefix}lora_a.weight {tuple(a.shape)} and {prefix}lora_b.weight {tuple(b.shape)}"
+        for prefix, (a, b) in found.items()
+        if a.shape[:1] != (rank,) or b.shape[1:] != (rank,)
+    ]
+    if others:
+        raise ValueError(
+            f"rank={rank} is not that of {'; '.join(others)}: pass the rank they were made with, for the scale is "
+            "alpha / rank"
+        )
+    return prefixes
 
 
 @torch.no_grad()
@@ -183,23 +219,14 @@ def get_merged_lora_ckpt(
     a model whose state dict it is keeps its weights. ``use_distributed_barriers``: keep the ranks together.
 
     Raises:
-        TypeError: rank is not an int, alpha not a number.
-        ValueError: rank below 1, alpha not finite; a key of an adapter that is neither (LoRA on experts), or a layer
-            without its other factor or its weight. The dict is then as it was.
+        TypeError: state_dict is not a dict, rank not an int, alpha not a number.
+        ValueError: rank below 1 or not that of the factors, alpha not finite; a key of an adapter that is neither (LoRA
+            on experts), or a layer without its other factor or its weight. The dict is then as it was.
     """
+    _check_state_dict(state_dict)
     check_rank(rank, "rank")
     check_alpha(alpha, "alpha")
-    prefixes = [name.removesuffix("lora_a.weight") for name in state_dict if f".{name}".endswith(".lora_a.weight")]
-    needed = [prefix + part for prefix in prefixes for part in ("weight", "lora_a.weight", "lora_b.weight")]
-    known = {*needed, *(prefix + "magnitude" for prefix in prefixes)}
-    strange = [name for name in state_dict if ("lora" in name or "magnitude" in name) and name not in known]
-    missing = [name for name in needed if name not in state_dict]
-    if strange or missing:
-        raise ValueError(
-            f"only LoRALinear and DoRALinear can be merged: {strange} belong to neither, {missing} are missing "
-            "(torchtune's own function merges experts)"
-        )
-    for prefix in prefixes:
+    for prefix in _mergeable(state_dict, rank):
         if use_distributed_barriers:
             torch.distributed.barrier()
         weight, a, b = state_dict[prefix + "weight"], *(state_dict.pop(f"{prefix}lora_{f}.weight") for f in "ab")

@@ -41,9 +41,10 @@ class LoRALayer:
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool):
         check_rank(r, least=0)
         check_alpha(lora_alpha)
+        p = check_p(lora_dropout, "lora_dropout")
         self.r = r
         self.lora_alpha = lora_alpha
-        self.lora_dropout = nn.Dropout(check_p(lora_dropout, "lora_dropout")) if lora_dropout else nn.Identity()
+        self.lora_dropout = nn.Dropout(p) if p else nn.Identity()
         self.merged = False
         self.merge_weights = merge_weights
 
@@ -161,11 +162,11 @@ class MergingLayer(LoRALayer, nn.Module):
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None and self._adapts:
             metadata["merged"] = self.merged
-            self._held_by(destination[prefix + "weight"], metadata)
+            self._held_by(destination.get(prefix + "weight"), metadata)
 
-    def _held_by(self, t: Tensor, metadata: dict[str, Any]) -> None:
+    def _held_by(self, t: Tensor | None, metadata: dict[str, Any]) -> None:
         # A parameter outlives its place in the dict, so that it would not tell when a copy has taken that place.
-        if t is not self.weight and _same_memory(t, self.weight):
+        if t is not None and t is not self.weight and _same_memory(t, self.weight):
             alive = [holder for holder in _HOLDERS.get(self, ()) if holder[0]() is not None]
             _HOLDERS[self] = [*alive, (weakref.ref(t), metadata)]
 
@@ -180,8 +181,8 @@ class MergingLayer(LoRALayer, nn.Module):
         # loralib's files do not say what their weight is. In loralib a merged layer takes it for merged, and so here.
         self._loading = was_merged, self._adapts and whole and local_metadata.get("merged", was_merged)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        if self._adapts and weight is not None:  # assign=True makes it our memory
-            self._held_by(weight, local_metadata)
+        if self._adapts:
+            self._held_by(weight, local_metadata)  # assign=True made it our memory
 
 
 def _settle(layer: MergingLayer, _incompatible_keys: Any) -> None:
