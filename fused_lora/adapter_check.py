@@ -6,45 +6,20 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapter_config import AdapterConfig
 from .adapter_files import AdapterFiles
+from .adapter_keys import METADATA_KEY, PREFIX, SUFFIXES, base_key, factor_key, layer_of
 from .adapter_models import Place, Target
 from .adapter_patterns import PatternError
 from .adapter_report import KINDS, Finding
 from .layer import lora_scale
 
-PREFIX = "base_model.model."
-METADATA_KEY = "fused_lora"
-_SUFFIXES = {
-    ".lora_A.weight": "lora_a",
-    ".lora_B.weight": "lora_b",
-    ".lora_embedding_A": "lora_a",
-    ".lora_embedding_B": "lora_b",
-    ".lora_B.bias": "lora_bias",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-}
 _SEE_PATCH = "PEFT loads it: PeftModel.from_pretrained, then fused_lora.patch_peft"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def factor_key(path: str, part: str, embedding: bool) -> str:
-    """PEFT's key of lora_a, lora_b or magnitude of a layer."""
-    if part == "magnitude":
-        return f"{PREFIX}{path}.lora_magnitude_vector"
-    letter = part[-1].upper()
-    return f"{PREFIX}{path}.lora_embedding_{letter}" if embedding else f"{PREFIX}{path}.lora_{letter}.weight"
-
-
-def base_key(key: str, adapted: Mapping[str, Any]) -> str:
-    """PEFT's key of a tensor of the base model: a layer with LoRA is inside a wrapper, as its ``base_layer``."""
-    path, _, name = key.rpartition(".")
-    return f"{PREFIX}{path}.base_layer.{name}" if path in adapted else f"{PREFIX}{key}"
 
 
 @dataclass
@@ -64,14 +39,18 @@ class Comparison:
     scales: dict[str, float] = field(default_factory=dict)
     unmatched: dict[str, None] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    _kinds: dict[str, set[str]] = field(default_factory=dict)
 
     def add(self, kind: str, where: str, detail: str) -> None:
         assert kind in KINDS
         self.findings.append(Finding(kind, where, detail))
+        for name in {where, layer_of(where)}:
+            self._kinds.setdefault(name, set()).add(kind)
 
     def has(self, where: str, *kinds: str) -> bool:
-        """Whether there is a finding of these kinds that names this."""
-        return any(finding.kind in kinds and where in finding.where for finding in self.findings)
+        """Whether a finding of these kinds names this key, field or layer, or a factor of this layer."""
+        # Not by a search in the findings: a header may name a hundred thousand layers, each with one.
+        return not self._kinds.get(where, set()).isdisjoint(kinds)
 
 
 def compare(
@@ -113,7 +92,7 @@ def _sort_keys(result: Comparison, files: AdapterFiles, config: AdapterConfig, t
             result.add("extra", key, f"does not begin with {PREFIX}")
             continue
         inner = key[len(PREFIX) :]
-        suffix = next((suffix for suffix in _SUFFIXES if inner.endswith(suffix)), None)
+        suffix = next((suffix for suffix in SUFFIXES if inner.endswith(suffix)), None)
         if suffix is not None:
             _sort_factor(result, key, inner.removesuffix(suffix), suffix, config, target)
         elif config.modules_to_save and (".modules_to_save." in inner or ".original_module." in inner):
@@ -127,7 +106,7 @@ def _sort_keys(result: Comparison, files: AdapterFiles, config: AdapterConfig, t
 def _sort_factor(
     result: Comparison, key: str, path: str, suffix: str, config: AdapterConfig, target: Target | None
 ) -> None:
-    part = _SUFFIXES[suffix]
+    part = SUFFIXES[suffix]
     if part == "magnitude" and not config.use_dora:
         result.add("extra", key, "is of DoRA, which the config does not use")
         return
@@ -207,7 +186,7 @@ def _check_targets(result: Comparison, config: AdapterConfig, target: Target) ->
     for name in sorted(named):
         place = target.places.get(name)
         tensors = place is not None and place.path in result.factors
-        if not tensors and not result.has(f"{PREFIX}{name}.lora_", "missing", "extra"):
+        if not tensors and not result.has(name, "missing", "extra"):
             result.add("missing", name, "the config targets it, the file has no tensors for it")
 
 

@@ -21,6 +21,7 @@ KINDS = {
     "values": "NaN or infinity",
     "note": "worth knowing",
 }
+BLOCKING = tuple(kind for kind in KINDS if kind != "note")
 
 
 class Finding(NamedTuple):
@@ -33,7 +34,7 @@ class Finding(NamedTuple):
     @property
     def blocks(self) -> bool:
         """Whether load_adapter refuses because of it."""
-        return self.kind != "note"
+        return self.kind in BLOCKING
 
 
 class AdapterLayer(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import inject
-from .adapter_check import METADATA_KEY, PREFIX, Comparison, base_key, compare, factor_key
+from .adapter_check import Comparison, compare
 from .adapter_config import AdapterConfig, LayerSettings, describe, parse_config
 from .adapter_files import (
     CONFIG_FILE,
@@ -29,8 +29,9 @@ from .adapter_files import (
     read_adapter,
     write_adapter,
 )
+from .adapter_keys import METADATA_KEY, base_key, factor_key
 from .adapter_models import Place, Target, look, unwrap
-from .adapter_report import AdapterLayer, AdapterReport, Finding, list_findings, list_keys
+from .adapter_report import BLOCKING, AdapterLayer, AdapterReport, Finding, list_findings, list_keys
 from .config import LoRAConfig
 from .layer import LoRALayer
 
@@ -203,19 +204,12 @@ def check_adapter(
     except AdapterError as error:
         return AdapterReport(str(folder), against, (), (), (), (), (Finding("config", CONFIG_FILE, str(error)),))
     layers = [AdapterLayer(name, r, result.scales[name]) for name, r in result.ranks.items()]
-    faulty = tuple(layer for layer in layers if _is_faulty(result, layer.name))
-    fitting = tuple(layer for layer in layers if layer not in faulty)
+    faulty = {
+        path for path, parts in result.factors.items() if any(result.has(w, *BLOCKING) for w in (path, *parts.values()))
+    }
+    fitting, unfit = (tuple(layer for layer in layers if (layer.name in faulty) == bad) for bad in (False, True))
     dtypes = tuple(sorted({str(stored.dtype).removeprefix("torch.") for stored in files.stored.values()}))
-    return AdapterReport(str(folder), against, fitting, faulty, tuple(result.unmatched), dtypes, tuple(result.findings))
-
-
-def _is_faulty(result: Comparison, path: str) -> bool:
-    """Whether a finding that blocks names this layer, one of its tensors, or one that it lacks."""
-    keys = (path, *result.factors[path].values())
-    return any(
-        finding.blocks and (finding.where in keys or finding.where.startswith(f"{PREFIX}{path}.lora_"))
-        for finding in result.findings
-    )
+    return AdapterReport(str(folder), against, fitting, unfit, tuple(result.unmatched), dtypes, tuple(result.findings))
 
 
 def _not_ours(target: Target, task: str | None) -> str:

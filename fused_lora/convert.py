@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapter_check import PREFIX, factor_key
 from .adapter_config import AdapterConfig, literal
 from .adapter_files import AdapterError, StoredTensor
+from .adapter_keys import PREFIX, factor_key
 from .adapter_models import Place, look
 from .adapters import load_into
 from .compat.loralib.linear import check_enabled

@@ -1,11 +1,18 @@
 """Which layers a report counts among those that fit, and how it says so."""
 
+import json
+import sys
+
 import adapter_nets as nets
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_adapters_check import UP_A, edit, peft_folder  # noqa: F401  (a fixture)
+from torch import nn
 
 from fused_lora import LoRAConfig, apply_lora, check_adapter
+from fused_lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from fused_lora.adapter_keys import layer_of
 
 PREFIX = "base_model.model."
 
@@ -73,3 +80,75 @@ def test_a_fault_beside_layers_without_a_place(peft_folder):  # noqa: F811
     report = check_adapter(peft_folder, nets.make_net())
     assert report.unmatched == ("elsewhere",)
     assert "  9 of 11 layers fit" in str(report)
+
+
+CROWDS = {  # how many of n layers have an A, the metadata name, the model has
+    "half layers": (1, 0, 0),
+    "layers that were saved and are gone": (0, 1, 0),
+    "layers that the config targets": (0, 0, 1),
+}
+
+
+def calls(function, *args):
+    """How many calls it makes, of Python and of C, each step of a generator among them; and its result."""
+    count = 0
+
+    def note(frame, event, arg):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        result = function(*args)
+    finally:
+        sys.setprofile(None)
+    return count, result
+
+
+@pytest.mark.parametrize("name", list(CROWDS))
+def test_work_grows_with_the_layers_and_not_with_their_square(tmp_path, name):
+    """A header may name a hundred thousand layers: each held against every finding, that was most of an hour.
+
+    From n to 2n and from 2n to 4n layers the calls grow by d and by 2d where they are linear, by d and by 4d where they
+    are quadratic.
+    """
+    stored, known, held = CROWDS[name]
+    counts = []
+    for n in (200, 400, 800):
+        tensors = {f"{PREFIX}layers.{i}.lora_A.weight": torch.zeros(1, 1) for i in range(stored * n)}
+        layers = {f"layers.{i}": [1, 1.0] for i in range(known * n)}
+        save_file(tensors, tmp_path / WEIGHTS_FILE, {"fused_lora": json.dumps({"version": 1, "layers": layers})})
+        config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ".*"}
+        (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+        model = nn.ModuleDict({str(i): nn.Linear(1, 1) for i in range(n)}) if held else None
+        count, report = calls(check_adapter, tmp_path, model)
+        counts.append(count)
+        assert len(report.faulty) == stored * n
+        assert sum(finding.kind == "missing" for finding in report.findings) >= n
+    first, second = counts[1] - counts[0], counts[2] - counts[1]
+    assert second < 3 * first
+
+
+def test_a_layer_is_not_taken_for_another_whose_name_ends_alike(tmp_path):
+    """ "up" is part of "blocks.0.up", of which a tensor is found: that says nothing of "up", which is missing too."""
+    layers = {name: [1, 1.0] for name in ("up", "blocks.0.up", "blocks.0")}
+    tensors = {f"{PREFIX}blocks.0.up.lora_A.weight": torch.zeros(1, 1)}
+    save_file(tensors, tmp_path / WEIGHTS_FILE, {"fused_lora": json.dumps({"version": 1, "layers": layers})})
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    missing = [finding.where for finding in check_adapter(tmp_path).findings if finding.kind == "missing"]
+    assert missing == [f"{PREFIX}blocks.0.up.lora_B.weight", "blocks.0", "up"]
+
+
+@pytest.mark.parametrize(
+    ("where", "layer"),
+    [
+        (UP_A, "up"),
+        (f"{PREFIX}a.lora_b.lora_embedding_A", "a.lora_b"),
+        (f"{PREFIX}.lora_A.weight", ""),
+        (f"{PREFIX}a.bias", f"{PREFIX}a.bias"),
+        ("a.lora_b", "a.lora_b"),
+        ("lora_alpha", "lora_alpha"),
+    ],
+)
+def test_the_layer_that_a_finding_names(where, layer):
+    assert layer_of(where) == layer
