@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _is_names(value: Any) -> bool:
@@ -223,12 +224,7 @@ def describe(
     ``names`` are all modules of the base model: the targets must choose the layers and none of the others.
     """
     rslora = all(layer.use_rslora for layer in layers.values())
-    alphas = {
-        name: layer.lora_alpha
-        if lora_scale(layer.r, layer.lora_alpha, rslora) == layer.scale
-        else alpha_of(layer.scale, layer.r, rslora)
-        for name, layer in layers.items()
-    }
+    alphas = {name: _alpha(layer, rslora) for name, layer in layers.items()}
     ranks = {name: layer.r for name, layer in layers.items()}
     r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     dropouts = [layer.lora_dropout for layer in layers.values() if layer.lora_dropout is not None]
@@ -256,6 +252,13 @@ def describe(
         "use_dora": all(layer.use_dora for layer in layers.values()),
         "use_rslora": rslora,
     }
+
+
+def _alpha(layer: LayerSettings, rslora: bool) -> float:
+    """The layer's own lora_alpha, or where its scale was set to something else, the one that gives this scale."""
+    if lora_scale(layer.r, layer.lora_alpha, rslora) == layer.scale:
+        return layer.lora_alpha
+    return alpha_of(layer.scale, layer.r, rslora)
 
 
 def alpha_of(scale: float, r: int, rslora: bool) -> float:

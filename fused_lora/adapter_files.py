@@ -42,7 +42,12 @@ _DTYPES = {
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be read, written, or loaded into this model; the message lists everything found."""
+    """An adapter that cannot be read, written, or loaded into this model; the message lists everything found.
+
+    ``file``: the name of the file, or the directory, that cannot be read; "" where something else is wrong.
+    """
+
+    file = ""
 
 
 class AdapterExistsError(AdapterError, FileExistsError):
@@ -80,7 +85,8 @@ class AdapterFiles:
             with safetensors.safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in keys}
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            raise AdapterError(f"{path} cannot be read: {error}") from None
+            with _blaming(WEIGHTS_FILE):
+                raise AdapterError(f"{path} cannot be read: {error}") from None
 
 
 def _safetensors() -> Any:
@@ -120,19 +126,35 @@ def read_adapter(folder: Path, follow_symlinks: bool = False) -> AdapterFiles:
     Raises:
         AdapterError: a file is missing, too large, cut short, not what its name says, or a link out of ``folder``.
     """
+    config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    with _blaming(str(folder)):
+        _check_folder(folder)
+    with _blaming(CONFIG_FILE):
+        config = _read_config(config_path, follow_symlinks)
+    with _blaming(WEIGHTS_FILE), _open(weights_path, follow_symlinks) as (file, size):
+        stored, metadata = _read_header(file, size, weights_path)
+    return AdapterFiles(folder, config, stored, metadata)
+
+
+@contextlib.contextmanager
+def _blaming(file: str) -> Iterator[None]:
+    """Have every AdapterError from inside say that it is of this file."""
+    try:
+        yield
+    except AdapterError as error:
+        error.file = file
+        raise
+
+
+def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise AdapterError(f"there is no directory {folder}" + (": it is a file" if folder.exists() else ""))
-    config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    if not os.path.lexists(weights_path) and (folder / _PICKLE).exists():
+    if not os.path.lexists(folder / WEIGHTS_FILE) and (folder / _PICKLE).exists():
         raise AdapterError(
             f"{folder} holds {_PICKLE}, a pickle, which can run code when it is read: convert it once, where you trust "
             "it, with safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
             f"'{WEIGHTS_FILE}', {{'format': 'pt'}})"
         )
-    config = _read_config(config_path, follow_symlinks)
-    with _open(weights_path, follow_symlinks) as (file, size):
-        stored, metadata = _read_header(file, size, weights_path)
-    return AdapterFiles(folder, config, stored, metadata)
 
 
 @contextlib.contextmanager

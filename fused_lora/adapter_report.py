@@ -10,6 +10,7 @@ _SHOWN = 20  # of one kind in an error's message
 
 # In the order in which they are listed.
 KINDS = {
+    "file": "what is not there, broken, or not to be trusted",
     "config": "what the config asks for cannot be done, or contradicts the weights",
     "missing": "what should be there and is not",
     "extra": "tensors that belong to nothing here",
@@ -25,7 +26,7 @@ BLOCKING = tuple(kind for kind in KINDS if kind != "note")
 
 
 class Finding(NamedTuple):
-    """Something wrong, or worth knowing: ``kind`` of KINDS, ``where`` a key of the file, a module or a field."""
+    """Something wrong, or worth knowing: ``kind`` of KINDS, ``where`` a file, a key in it, a module or a field."""
 
     kind: str
     where: str

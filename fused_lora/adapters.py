@@ -202,7 +202,8 @@ def check_adapter(
         files = read_adapter(folder, follow_symlinks)
         result = compare(files, parse_config(files.config, str(folder / CONFIG_FILE)), target)
     except AdapterError as error:
-        return AdapterReport(str(folder), against, (), (), (), (), (Finding("config", CONFIG_FILE, str(error)),))
+        finding = Finding("file" if error.file else "config", error.file or CONFIG_FILE, str(error))
+        return AdapterReport(str(folder), against, (), (), (), (), (finding,))
     layers = [AdapterLayer(name, r, result.scales[name]) for name, r in result.ranks.items()]
     faulty = {
         path for path, parts in result.factors.items() if any(result.has(w, *BLOCKING) for w in (path, *parts.values()))

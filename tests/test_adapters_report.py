@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from test_adapters_check import UP_A, edit, peft_folder  # noqa: F401  (a fixture)
 from torch import nn
 
-from fused_lora import LoRAConfig, apply_lora, check_adapter
+from fused_lora import LoRAConfig, adapters, apply_lora, check_adapter, load_adapter, save_adapter
 from fused_lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from fused_lora.adapter_keys import layer_of
 
@@ -80,6 +80,54 @@ def test_a_fault_beside_layers_without_a_place(peft_folder):  # noqa: F811
     report = check_adapter(peft_folder, nets.make_net())
     assert report.unmatched == ("elsewhere",)
     assert "  9 of 11 layers fit" in str(report)
+
+
+def cut(path, size=40):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+UNREADABLE = {  # what is done to the folder; the file that is named, and what is said of it
+    "weights cut short": (lambda folder: cut(folder / WEIGHTS_FILE), WEIGHTS_FILE, "is cut short"),
+    "no weights": (lambda folder: (folder / WEIGHTS_FILE).unlink(), WEIGHTS_FILE, "has no adapter_model.safetensors"),
+    "config cut short": (lambda folder: cut(folder / CONFIG_FILE), CONFIG_FILE, "is not valid JSON"),
+    "no config": (lambda folder: (folder / CONFIG_FILE).unlink(), CONFIG_FILE, "has no adapter_config.json"),
+    "a pickle": (lambda folder: (folder / WEIGHTS_FILE).rename(folder / "adapter_model.bin"), "", "a pickle"),
+    "no directory": (lambda folder: folder.rename(folder.with_name("elsewhere")), "", "there is no directory"),
+}
+
+
+@pytest.mark.parametrize("name", list(UNREADABLE))
+def test_what_cannot_be_read_is_found_under_its_own_name(peft_folder, name):  # noqa: F811
+    change, file, said = UNREADABLE[name]
+    change(peft_folder)
+    for model in models():
+        report = check_adapter(peft_folder, model)
+        (finding,) = report.findings
+        assert (finding.kind, finding.where) == ("file", file or str(peft_folder))
+        assert said in finding.detail
+        assert "  file (1): what is not there, broken, or not to be trusted\n" in str(report)
+        assert not report.ok
+
+
+def test_values_that_cannot_be_read_are_the_weights_fault(peft_folder, monkeypatch):  # noqa: F811
+    """The header was whole; the file changes before its values are read."""
+    whole = adapters.read_adapter
+
+    def read_and_cut(folder, follow_symlinks):
+        files = whole(folder, follow_symlinks)
+        cut(folder / WEIGHTS_FILE)
+        return files
+
+    monkeypatch.setattr(adapters, "read_adapter", read_and_cut)
+    (finding,) = check_adapter(peft_folder).findings
+    assert (finding.kind, finding.where) == ("file", WEIGHTS_FILE)
+    assert "cannot be read" in finding.detail
+
+
+def test_a_config_that_asks_for_too_much_is_the_configs_fault(peft_folder):  # noqa: F811
+    edit(peft_folder, lora_bias=True)
+    (finding,) = check_adapter(peft_folder).findings
+    assert (finding.kind, finding.where) == ("config", CONFIG_FILE)
 
 
 CROWDS = {  # how many of n layers have an A, the metadata name, the model has
@@ -152,3 +200,17 @@ def test_a_layer_is_not_taken_for_another_whose_name_ends_alike(tmp_path):
 )
 def test_the_layer_that_a_finding_names(where, layer):
     assert layer_of(where) == layer
+
+
+@pytest.mark.parametrize("alpha", [1e308, -sys.float_info.max, 10**308], ids=["float", "least", "int"])
+def test_any_finite_alpha_goes_there_and_back(tmp_path, alpha):
+    """What a layer takes, a file of it gives back; what is no finite number is refused in these words."""
+    model = apply_lora(nn.ModuleDict({"q": nn.Linear(2, 3)}), LoRAConfig(r=2, lora_alpha=alpha, target_modules=["q"]))
+    folder = save_adapter(model, tmp_path)
+    assert check_adapter(folder, model).ok
+    assert load_adapter(nn.ModuleDict({"q": nn.Linear(2, 3)}), folder)["q"].scale == alpha / 2
+    for value in (10**309, -(10**309)):
+        edit(folder, lora_alpha=value, alpha_pattern={"q": value})
+        (finding,) = check_adapter(folder).findings
+        assert "lora_alpha must be a finite number, got " in finding.detail
+        assert "alpha_pattern must be a table of finite numbers, got " in finding.detail
