@@ -20,7 +20,7 @@ _LARGEST_SCALE = torch.finfo(torch.float32).max
 def as_number(value: Any, name: str) -> float:
     """``value`` as a float, infinite where it is too large for one; raise ``TypeError`` unless it is a number."""
     try:
-        if isinstance(value, (str, bytes, bytearray)):  # float() would read it
+        if isinstance(value, (bool, str, bytes, bytearray)):  # float() would take it
             raise TypeError
         return float(value)
     except OverflowError:
@@ -31,7 +31,11 @@ def as_number(value: Any, name: str) -> float:
 
 def check_switch(value: Any, name: str) -> bool:
     """``value`` as a bool; raise ``TypeError`` where it is neither true nor false: the string "no" would be true."""
-    if type(value) is not bool and (isinstance(value, (str, bytes)) or value not in (True, False)):
+    try:
+        fits = type(value) is bool or (not isinstance(value, (str, bytes)) and value in (True, False))
+    except (RuntimeError, ValueError):  # a tensor or an array of several elements
+        fits = False
+    if not fits:
         raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")
     return bool(value)
 
@@ -110,14 +114,8 @@ def _examine(
     x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, lora_bias: Tensor | None
 ) -> torch.dtype:
     """:func:`check_operands` one question after the other, each with its message."""
-    for name, t in (
-        ("x", x),
-        ("weight", weight),
-        ("lora_a", a),
-        ("lora_b", b),
-        ("bias", bias),
-        ("lora_bias", lora_bias),
-    ):
+    named = {"x": x, "weight": weight, "lora_a": a, "lora_b": b, "bias": bias, "lora_bias": lora_bias}
+    for name, t in named.items():
         if not isinstance(t, Tensor) and (t is not None or name not in ("bias", "lora_bias")):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}: convert it with torch.as_tensor")
     autocast = autocast_dtype(x, weight)
@@ -133,7 +131,26 @@ def _examine(
             f"x of shape {tuple(x.shape)} does not fit weight of shape {tuple(weight.shape)}: "
             "weight must be (out_features, in_features) and the last dimension of x in_features"
         )
-    N, K = weight.shape
+    _examine_factors(weight.shape, dtype, a, b)
+    for name, vector, wanted in (("bias", bias, weight.dtype), ("lora_bias", lora_bias, a.dtype)):
+        if vector is not None and (vector.shape != weight.shape[:1] or vector.dtype != wanted):
+            raise ValueError(
+                f"{name} must be {wanted} of shape ({len(weight)},), got {vector.dtype} of shape {tuple(vector.shape)}"
+            )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight requires grad, but the base layer is frozen here and would get no gradient: call "
+            "weight.requires_grad_(False), or use nn.Linear for a layer that trains in full"
+        )
+    for name, t in named.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} is on {t.device} and x is on {x.device}: move them to one device")
+    return dtype
+
+
+def _examine_factors(shape: torch.Size, dtype: torch.dtype, a: Tensor, b: Tensor) -> None:
+    """The part of :func:`_examine` on A and B, over a weight of this shape and a layer that computes in ``dtype``."""
+    N, K = shape
     fits = a.dim() == 2 and b.dim() == 2 and a.shape[1] == K and b.shape[0] == N and a.shape[0] == b.shape[1]
     if not fits or a.shape[0] == 0:
         raise ValueError(
@@ -146,21 +163,6 @@ def _examine(
             + (", or both float32" if dtype in _LOW_PRECISION else "")
             + "; cast the adapters with .to()"
         )
-    for name, vector, wanted in (("bias", bias, weight.dtype), ("lora_bias", lora_bias, a.dtype)):
-        if vector is not None and (vector.shape != (N,) or vector.dtype != wanted):
-            raise ValueError(
-                f"{name} must be {wanted} of shape ({N},), got {vector.dtype} of shape {tuple(vector.shape)}"
-            )
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "weight requires grad, but the base layer is frozen here and would get no gradient: call "
-            "weight.requires_grad_(False), or use nn.Linear for a layer that trains in full"
-        )
-    device = x.device
-    for name, t in (("weight", weight), ("lora_a", a), ("lora_b", b), ("bias", bias), ("lora_bias", lora_bias)):
-        if t is not None and t.device != device:
-            raise ValueError(f"{name} is on {t.device} and x is on {device}: move them to one device")
-    return dtype
 
 
 def check_scale(scale: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .checks import as_number
 
@@ -34,7 +35,6 @@ MIX2 = 0x846CA68B
 # L'Ecuyer, Tables of linear congruential generators of different sizes and good lattice structure (1999), for 2**32.
 STEP = 1597334677
 GROUP = 8
-_FACTORS = tuple(MIX2 * STEP**j % 2**32 for j in range(GROUP))
 _WORD = 0xFFFFFFFF
 # Up to here Python's integers make the words of the groups faster than thirty operators on tiny tensors do.
 _FEW_GROUPS = 32
@@ -78,21 +78,30 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
         TypeError: seed is neither an int nor an int64 tensor with one element.
         ValueError: an int outside the signed 64-bit range.
     """
+    check_seed(seed)
     if seed is None:
         return draw_seed(device)
+    if isinstance(seed, Tensor):
+        return seed.reshape(()).to(device)
+    # Not torch.tensor: its copy from the host would wait for a GPU, and fail while a CUDA graph is captured.
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def check_seed(seed: int | Tensor | None) -> None:
+    """Raise what :func:`as_seed` raises."""
+    if seed is None:
+        return
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(
                 "seed must be an int or an int64 tensor with one element, "
                 f"got {seed.dtype} of shape {tuple(seed.shape)}"
             )
-        return seed.reshape(()).to(device)
+        return
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int or an int64 tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit in a signed 64-bit integer, got {seed}")
-    # Not torch.tensor: its copy from the host would wait for a GPU, and fail while a CUDA graph is captured.
-    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def _mix(h):
@@ -102,20 +111,14 @@ def _mix(h):
     return h ^ (h >> 16)
 
 
-def _mix_(h: Tensor) -> Tensor:
-    """:func:`_mix` of a tensor, in place: on a CPU its operators cost less than memory for their results."""
-    carry = h >> 16
-    h.bitwise_xor_(carry).mul_(MIX1).bitwise_and_(_WORD)
-    h.bitwise_xor_(torch.bitwise_right_shift(h, 15, out=carry)).mul_(MIX2).bitwise_and_(_WORD)
-    return h.bitwise_xor_(torch.bitwise_right_shift(h, 16, out=carry))
-
-
 @functools.cache
 def _numpy() -> Any:
-    """numpy, or None: torch does not need it, so neither does this package."""
+    """numpy, or None where it, or torch's way to it, is missing: torch needs neither, so this package does not."""
     try:
         import numpy
-    except ImportError:
+
+        torch.from_numpy(numpy.zeros(1, numpy.int32)).numpy()
+    except (ImportError, RuntimeError, TypeError):
         return None
     return numpy
 
@@ -145,8 +148,8 @@ def _group_keys(seed: int | Tensor, groups: int, device: torch.device) -> tuple[
         r0, r1 = _words_on_the_host(key0, key1, groups)[:, :, None].to(device)
         return r0, r1
     group = torch.arange(groups, dtype=torch.int64, device=device)
-    r0 = _mix_(group.bitwise_xor_(key0))
-    r1 = _mix_((r0 + key1).bitwise_and_(_WORD)).bitwise_or_(1)
+    r0 = _mix(group ^ key0)  # not in place: under vmap the keys may be a batch
+    r1 = _mix((r0 + key1) & _WORD) | 1
     return r0.to(torch.int32)[:, None], r1.to(torch.int32)[:, None]
 
 
@@ -154,7 +157,7 @@ def _words_on_the_host(key0: int, key1: int, groups: int) -> Tensor:
     """Every r0 and r1, int32 (2, groups), without thirty operators on a small tensor: they cost ten times this."""
     if groups <= _FEW_GROUPS:
         words = [[_signed(word) for word in kind] for kind in _few_group_words(key0, key1, groups)]
-        return torch.tensor(words, dtype=torch.int32)
+        return torch.tensor(words, dtype=torch.int32, device="cpu")
     numpy = _numpy()
     first = _mix(numpy.arange(groups, dtype=numpy.uint32) ^ key0)  # arrays of uint32 wrap around by themselves
     return torch.from_numpy(numpy.stack((first, _mix(first + key1) | 1)).view(numpy.int32))
@@ -167,7 +170,10 @@ def _column_words(cols: int, device: torch.device) -> Tensor:
 
 def _row_factors(device: torch.device) -> Tensor:
     """MIX2 * STEP**j for the rows j of a group, int32 of shape (GROUP, 1)."""
-    return torch.tensor([[_signed(word)] for word in _FACTORS], dtype=torch.int32, device=device)
+    # Made on the device: a copy from the host would wait for a GPU, and fail while a CUDA graph is captured.
+    factors = torch.full((GROUP, 1), STEP, dtype=torch.int32, device=device)
+    factors[0].fill_(_signed(MIX2))
+    return factors.cumprod(0, dtype=torch.int32)
 
 
 @functools.lru_cache(maxsize=32)
@@ -175,7 +181,8 @@ def _cpu_constants(cols: int) -> tuple[Tensor, Tensor]:
     """(:func:`_column_words`, :func:`_row_factors`) on the CPU, kept from call to call: models have few widths. Never
     written to."""
     device = torch.device("cpu")
-    return _column_words(cols, device), _row_factors(device)
+    with _disable_current_modes():  # a fake tensor, kept, would serve real calls later
+        return _column_words(cols, device), _row_factors(device)
 
 
 def _hash(columns: Tensor, r0: Tensor, r1: Tensor) -> Tensor:
@@ -202,6 +209,9 @@ def keep_mask(seed: int | Tensor, rows: int, cols: int, p: float, device: torch.
         device = seed.device if isinstance(seed, Tensor) else "cpu"
     device = torch.device(device)
     p = check_p(p)
+    for name, size in (("rows", rows), ("cols", cols)):
+        if isinstance(size, float) or size < 0:
+            raise ValueError(f"{name} must be a whole number from 0 up, got {size!r}")
     if p == 0.0:
         return torch.ones(rows, cols, dtype=torch.bool, device=device)
     u = _hash(_column_words(cols, device), *_group_keys(as_seed(seed, device), -(-rows // GROUP), device))

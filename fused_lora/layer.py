@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
-import sys
 from typing import Any
 
 import torch
@@ -45,8 +44,7 @@ def lora_scale(r: int, lora_alpha: float, use_rslora: bool) -> float:
         ValueError: r below 1; lora_alpha not finite.
     """
     check_rank(r)
-    check_alpha(lora_alpha)
-    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+    return check_alpha(lora_alpha) / (math.sqrt(r) if check_switch(use_rslora, "use_rslora") else r)
 
 
 def check_rank(r: int, name: str = "r", least: int = 1) -> None:
@@ -57,12 +55,13 @@ def check_rank(r: int, name: str = "r", least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}{'' if least else ' (0: no LoRA)'}, got {r}")
 
 
-def check_alpha(lora_alpha: float, name: str = "lora_alpha") -> None:
-    """Raise ``TypeError`` unless lora_alpha is a number, ``ValueError`` unless it is finite."""
+def check_alpha(lora_alpha: float, name: str = "lora_alpha") -> float:
+    """lora_alpha as a float; raise ``TypeError`` unless it is a number, ``ValueError`` unless it is finite."""
     if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(lora_alpha).__name__} {lora_alpha!r}")
-    if not abs(lora_alpha) <= sys.float_info.max:  # math.isfinite fails on an int that no float holds
+    if not math.isfinite(value := as_number(lora_alpha, name)):
         raise ValueError(f"{name} must be finite, got {lora_alpha}")
+    return value
 
 
 def check_init(init_lora_weights: bool | str) -> bool | str:

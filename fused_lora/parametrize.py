@@ -76,11 +76,13 @@ def lora_parametrize(
         r, lora_alpha, use_rslora: rank and scale, as in :class:`fused_lora.LoRALinear`.
 
     Raises:
-        TypeError: not a module; r not an int, lora_alpha not a number.
+        TypeError: not a module; tensor_name not a str, r not an int, lora_alpha not a number, use_rslora not a bool.
         ValueError: no such parameter; it already carries LoRA; a shape or dtype LoRA cannot take; r or lora_alpha out
             of range.
     """
     check_module(module, "module")
+    if not isinstance(tensor_name, str):
+        raise TypeError(f"tensor_name must be a str, got {type(tensor_name).__name__} {tensor_name!r}")
     if any(True for _ in _lora_parametrizations(module, tensor_name)):
         raise ValueError(
             f"{type(module).__name__}.{tensor_name} already carries LoRA: remove it first with lora_unparametrize"

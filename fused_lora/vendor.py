@@ -362,9 +362,10 @@ def grad_a(x: Tensor, ds: Tensor, mask: BlockMask | None, dtype: torch.dtype, up
         return torch.mm(_in(ds, dtype).t(), x)
     if mask is None and _tiny(x):
         return _in(torch.mm(_in(ds, acc).t(), _in(x, acc)), dtype)
-    t = _in(ds, acc) if mask is None else ds.to(acc) * mask.scale
-    da = RowSum(ds.shape[1], x, acc, acc)
+    work = dtype if x.is_cpu and _native(x, dtype, upcast) else acc
+    t = _in(ds if mask is None else ds * mask.scale, work)
+    da = RowSum(ds.shape[1], x, acc, work)
     for i, j in _row_blocks(x):
-        block = _in(part(x, i, j), acc) if mask is None else _dropped(x, i, j, mask, mask.hashes(i, j - i), acc)
+        block = _in(part(x, i, j), work) if mask is None else _dropped(x, i, j, mask, mask.hashes(i, j - i), work)
         da.add(part(t, i, j), block)
     return _in(da.total(), dtype)

@@ -251,6 +251,24 @@ def kept_bytes(inputs, call):
     return sum(kept.values()), y
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtypes", itertools.product((torch.float32, torch.bfloat16), repeat=2), ids=str)
+def test_under_autocast_a_gradient_does_not_depend_on_which_others_are_wanted(dtypes, p):
+    """A CPU's arithmetic follows the dtypes of x and W, which the backward must know without the gradient of x too."""
+    of_x, of_weight = dtypes
+    x, weight = torch.randn(300, 64).to(of_x), torch.randn(48, 64).to(of_weight)
+    grads = []
+    for need_x in (False, True):
+        a, b = (
+            torch.linspace(-1, 2, 4 * n).view(shape).requires_grad_() for n, shape in ((64, (4, 64)), (48, (48, 4)))
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            y = lora_linear(x.clone().requires_grad_(need_x), weight, a, b, 2.0, dropout_p=p, seed=3)
+        grads.append(torch.autograd.grad(y.float().square().sum(), (a, b)))
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "permuted"])
 @pytest.mark.parametrize("p", [0.0, 0.1])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accuracy import STRATEGIES, Case, block_sizes, make_inputs, run
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from fused_lora import dropout, lora_linear, reference, vendor
 from fused_lora.dropout import GOLDEN, GROUP, MIX1, MIX2, STEP, BlockMask, keep_mask, keep_scale
@@ -280,7 +281,6 @@ def test_the_mean_over_seeds_is_the_layer_without_dropout():
     within(draws.mean(0), lora_linear(*args, 2.0).numpy(), deviation.numpy())
 
 
-@pytest.mark.parametrize("seed", [0, 123456789, -1, 2**63 - 1, -(2**63)])
 def applied(mask: BlockMask, start: int, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
     block = torch.ones(rows, cols, dtype=dtype)
     return mask.zero_dropped(block, mask.hashes(start, rows), out=block)
@@ -320,3 +320,67 @@ def test_zeroing_leaves_the_block_alone_unless_told_and_takes_inf_and_nan(maker)
             found = mask.zero_dropped(block, mask.hashes(0, 24))
             np.testing.assert_array_equal(found.double(), torch.where(keep, block, 0).double())
             np.testing.assert_array_equal(block.double(), torch.full((24, 16), value).double())
+
+
+@pytest.mark.parametrize("rows", [5, 100, 300])
+def test_the_ambient_default_device_decides_nothing(rows):
+    args = (torch.randn(rows, 100), torch.randn(10, 100), torch.randn(4, 100), torch.randn(10, 4), 2.0)
+    expected = lora_linear(*args, dropout_p=0.5, seed=1)
+    seed = torch.tensor(1)
+    with torch.device("meta"):
+        assert torch.equal(lora_linear(*args, dropout_p=0.5, seed=seed), expected)
+
+
+def test_numpy_that_torch_was_not_built_for(monkeypatch):
+    def refuse(array):
+        raise RuntimeError("Numpy is not available")
+
+    monkeypatch.setattr(torch, "from_numpy", refuse)
+    dropout._numpy.cache_clear()
+    try:
+        mask = BlockMask(torch.tensor(3), 5, 7, 0.5)
+        assert torch.equal(applied(mask, 0, 5, 7, torch.float32) == 1, keep_mask(3, 5, 7, 0.5))
+    finally:
+        monkeypatch.undo()
+        dropout._numpy.cache_clear()
+
+
+def test_no_copy_from_the_host_beside_a_cpu(monkeypatch):
+    """A GPU would be waited for, and no CUDA graph captured: meta stands in for it."""
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a copy from the host")
+
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, refuse)
+    mask = BlockMask(seed, 100, 64, 0.5)
+    block = torch.empty(40, 64, device="meta")
+    assert mask.zero_dropped(block, mask.hashes(16, 40)).shape == (40, 64)
+    assert keep_mask(seed, 100, 64, 0.5).shape == (100, 64)
+
+
+def test_the_factors_of_the_rows_are_powers_of_the_step():
+    expected = [dropout.MIX2 * dropout.STEP**j % 2**32 for j in range(dropout.GROUP)]
+    assert (dropout._row_factors(torch.device("cpu")).flatten().long() & 0xFFFFFFFF).tolist() == expected
+
+
+def test_fake_tensors_are_not_kept_for_real_calls():
+    args = (torch.randn(300, 92), torch.randn(10, 92), torch.randn(4, 92), torch.randn(10, 4), 2.0)
+    seed = torch.tensor(4)
+    expected = lora_linear(*args, dropout_p=0.5, seed=seed)
+    dropout._cpu_constants.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        lora_linear(*args, dropout_p=0.5, seed=torch.tensor(4))
+    assert torch.equal(lora_linear(*args, dropout_p=0.5, seed=seed), expected)
+
+
+def test_vmap_over_masks():
+    x, w, a, b = torch.randn(3, 4, 70), torch.randn(10, 70), torch.randn(4, 70), torch.randn(10, 4)
+    seeds = torch.tensor([1, 2**40, -7])
+    y = torch.func.vmap(lambda t, seed: lora_linear(t, w, a, b, 2.0, dropout_p=0.5, seed=seed))(x, seeds)
+    for row, t, seed in zip(y, x, seeds, strict=True):
+        torch.testing.assert_close(row, lora_linear(t, w, a, b, 2.0, dropout_p=0.5, seed=seed))
+    draw = torch.func.vmap(lambda t: lora_linear(t, w, a, b, dropout_p=0.5), randomness="different")
+    drawn = draw(x[:1].expand(3, 4, 70))
+    assert not torch.equal(drawn[0], drawn[1])

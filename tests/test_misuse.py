@@ -1,12 +1,16 @@
 """Bad input is refused before any work, by an error that names the value and the fix."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from accuracy import Case, make_inputs
 
 import fused_lora
-from fused_lora import lora_linear, reference
+from fused_lora import LoRALinear, lora_linear, reference
 from fused_lora.dropout import keep_mask
+from fused_lora.parametrize import lora_parametrize
 from fused_lora.plan import MAX_TRITON_RANK
 
 N, K, R = 5, 7, 3
@@ -180,7 +184,9 @@ def test_bad_dtypes(name, function):
 @pytest.mark.parametrize("name", list(SEEDS))
 def test_bad_seeds(name):
     error, seed, message = SEEDS[name]
-    refused(error, lora_linear, arguments(seed=seed, dropout_p=0.5), message)
+    for p in (0.0, 0.5):
+        refused(error, lora_linear, arguments(seed=seed, dropout_p=p), message)
+        refused(error, fused_lora.explain, arguments(seed=seed, dropout_p=p), message)
     refused(error, keep_mask, {"seed": seed, "rows": 2, "cols": 2, "p": 0.5, "device": "cpu"}, message)
     refused(error, reference.lora_linear, arguments(seed=seed, dropout_p=0.5), message)
 
@@ -189,6 +195,70 @@ def test_bad_seeds(name):
 def test_a_mask_of_an_impossible_p(p):
     refused(ValueError, keep_mask, {"seed": 1, "rows": 2, "cols": 2, "p": p}, "dropout_p must be in")
     refused(ValueError, reference.lora_linear, arguments(dropout_p=p), "dropout_p must be in")
+
+
+@pytest.mark.parametrize("size", [-1, 3.0])
+@pytest.mark.parametrize("name", ["rows", "cols"])
+def test_a_mask_of_an_impossible_size(name, size):
+    arguments = {"seed": 1, "rows": 2, "cols": 2, "p": 0.5} | {name: size}
+    refused(ValueError, keep_mask, arguments, f"{name} must be a whole number from 0 up, got {size}")
+
+
+@pytest.mark.parametrize("function", [lora_linear, fused_lora.explain])
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ({"training": "no"}, "training must be True or False, got str 'no'"),
+        ({"training": None}, "training must be True or False, got NoneType"),
+        ({"training": torch.tensor([1, 0])}, "training must be True or False, got Tensor"),
+        ({"dropout_p": True}, "dropout_p must be a number, got bool True"),
+    ],
+)
+def test_switches_and_numbers(replaced, message, function):
+    refused(TypeError, function, arguments(**replaced), message)
+
+
+@pytest.mark.parametrize("function", [lora_linear, fused_lora.explain])
+def test_a_strategy_that_is_no_string(function):
+    refused(ValueError, function, arguments(strategy=["torch"]), r"strategy must be None or one of .*got \['torch'\]")
+
+
+LAYERS = {
+    "rslora": ({"use_rslora": "no"}, TypeError, "use_rslora must be True or False, got str 'no'"),
+    "dora": ({"use_dora": "no"}, TypeError, "use_dora must be True or False, got str 'no'"),
+    "p": ({"lora_dropout": True}, TypeError, "lora_dropout must be a number, got bool True"),
+    "alpha": ({"lora_alpha": np.float32("inf")}, ValueError, "lora_alpha must be finite, got inf"),
+    "alpha of 400 digits": ({"lora_alpha": 10**400}, ValueError, "lora_alpha must be finite, got 1000"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_arguments_of_a_layer(name):
+    settings, error, message = LAYERS[name]
+    base = torch.nn.Linear(K, N)
+    for make in (lambda: LoRALinear(K, N, **settings), lambda: LoRALinear.from_linear(base, **settings)):
+        with pytest.raises(error, match=message):
+            make()
+    assert base.weight.requires_grad
+
+
+@pytest.mark.parametrize("value", [torch.tensor([1, 0]), np.array([1, 0]), "no", 2])
+def test_a_switch_of_a_layer(value):
+    with pytest.raises(TypeError, match="enabled must be True or False, got"):
+        LoRALinear(K, N).enabled = value
+
+
+@pytest.mark.parametrize("alpha", [np.float32(3), np.float64(3), np.int64(3), Fraction(3), 3])
+def test_lora_alpha_of_any_real_type(alpha):
+    layer = LoRALinear(K, N, r=2, lora_alpha=alpha)
+    assert type(layer.scale) is float
+    assert layer.scale == 1.5
+    assert layer(zeros(4, K)).shape == (4, N)
+
+
+def test_the_name_of_a_parametrized_tensor():
+    with pytest.raises(TypeError, match="tensor_name must be a str, got int 5"):
+        lora_parametrize(torch.nn.Linear(K, N), 5)
 
 
 def test_autocast_takes_what_it_can_cast_and_nothing_else():

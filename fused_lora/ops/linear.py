@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from .. import pieces, reference
-from ..checks import autocasting, check_operands, check_scale
-from ..dropout import as_seed, check_p, keep_mask, keep_scale
+from ..checks import autocasting, check_operands, check_scale, check_switch
+from ..dropout import as_seed, check_p, check_seed
 from ..plan import Facts, Plan, device_facts, interpreting, make_plan, parse_request, plan_for
 from ..vendor import acc_dtype
+from .derivatives import differentiable_backward
 
 _library = torch.library.Library("fused_lora", "DEF")
 _library.define(
@@ -107,57 +108,36 @@ def _forward(
 
 
 def _backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    s: Tensor | None,
-    scale: float,
-    scale_tensor: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    x_dtype: torch.dtype,
-    adapter_dtype: torch.dtype,
-    bias_dtype: torch.dtype,
-    in_features: int,
-    rank: int,
-    need: list[bool],
-    strategy: str | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, a: Tensor | None, b: Tensor | None, s: Tensor | None,
+    scale: float, scale_tensor: Tensor | None, seed: Tensor | None, p: float,
+    x_dtype: torch.dtype, adapter_dtype: torch.dtype, bias_dtype: torch.dtype, in_features: int, rank: int,
+    need: list[bool], strategy: str | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Body of linear_backward; a gradient ``need`` (x, bias, a, b, lora_bias) does not ask for is None."""
     need_x, need_bias, need_a, need_b, need_lora_bias = need
-    N = dy.shape[-1]
-    lead = dy.shape[:-1]
+    lead, N = dy.shape[:-1], dy.shape[-1]
     dy = dy if dy.dim() == 2 else dy.reshape(math.prod(lead), N)
-    M = dy.shape[0]
+    M, factor = dy.shape[0], _factor(scale, scale_tensor)
     plan = plan_for(M, N, in_features, rank, dy.dtype, adapter_dtype, p > 0.0, dy.device, strategy)
-    factor = _factor(scale, scale_tensor)
-    dx = dbias = da = db = dlora_bias = ds = None
+    dx = dbias = da = db = dlora_bias = ds = rows = None
     with _without_autocast(dy.device):
         if need_bias or need_lora_bias:
             total = dy.sum(0, dtype=acc_dtype(dy.dtype))
             dbias = total.to(bias_dtype) if need_bias else None
             dlora_bias = (total * factor).to(adapter_dtype) if need_lora_bias else None
-        need_ds = need_x or need_a
         if lowers := _lowers(plan, x_dtype, weight):
             plan = plan_for(M, N, in_features, rank, dy.dtype, dy.dtype, p > 0.0, dy.device, strategy)
             x, a, b = (None if t is None else t.to(dy.dtype) for t in (x, a, b))
-        if need_ds or need_b:
-            ds, db = pieces.grad_b(plan, dy, b if need_ds else None, s if need_b else None, factor, rounded=True)
+        if need_x or need_a or need_b:
+            needed_b = b if need_x or need_a else None
+            ds, db = pieces.grad_b(plan, dy, needed_b, s if need_b else None, factor, rounded=True)
         mask = None if seed is None else pieces.Mask(seed, M, in_features, p)
-        rows = None
-        if need_a:
-            assert x is not None
+        if need_a and x is not None:
             rows = pieces.operand(plan, x if x.dim() == 2 else x.reshape(M, in_features))
-        if need_x:
-            assert weight is not None
-            assert a is not None
-            assert ds is not None
+        if need_x and weight is not None and a is not None and ds is not None:
             dx, da = pieces.grad_xa(plan, dy, rows, pieces.operand(plan, weight), ds, a, mask, x_dtype)
             dx = dx if len(lead) == 1 else dx.view(*lead, in_features)
-        elif rows is not None:
-            assert ds is not None
+        elif rows is not None and ds is not None:
             da = pieces.grad_a(plan, rows, ds, mask)
         if lowers:
             da, db = (None if grad is None else grad.to(adapter_dtype) for grad in (da, db))
@@ -220,7 +200,7 @@ class FusedLoRALinear(torch.autograd.Function):
         keep_x = need_a or (need_b and need_x)
         ctx.save_for_backward(
             x if keep_x else None,
-            weight if need_x else None,
+            weight if need_x or weight.dtype != dtype else None,  # its dtype tells the backward of autocast
             a if need_x or need_b else None,
             b if need_x or need_a else None,
             s if need_b else None,
@@ -240,7 +220,7 @@ class FusedLoRALinear(torch.autograd.Function):
         if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _batched(dy)):
             factor = _factor(scale, scale_tensor)
             with _without_autocast(dy.device):
-                grads = _differentiable_backward(
+                grads = differentiable_backward(
                     dy, x, weight, a, b, s, factor, seed, p, x_dtype, adapter_dtype, bias_dtype, in_features, need
                 )
         else:
@@ -251,41 +231,6 @@ class FusedLoRALinear(torch.autograd.Function):
             )  # fmt: skip
         dx, dbias, da, db, dlora_bias = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
         return dx, None, dbias, da, db, dlora_bias, None, None, None, None, None, None
-
-
-def _differentiable_backward(
-    dy, x, weight, a, b, s, factor, seed, p, x_dtype, adapter_dtype, bias_dtype, in_features, need
-):
-    """The five gradients as expressions autograd can differentiate again (create_graph=True)."""
-    need_x, need_bias, need_a, need_b, need_lora_bias = need
-    acc = acc_dtype(adapter_dtype)
-    lead = dy.shape[:-1]
-    dy = dy.reshape(math.prod(lead), dy.shape[-1])
-    dy_acc = dy.to(acc)
-    rows = dropped = keep = None
-    if x is not None:
-        rows = dropped = x.reshape(dy.shape[0], x.shape[-1]).to(acc)
-    if seed is not None and (need_x or need_a or need_b):
-        keep = keep_mask(seed, dy.shape[0], in_features, p).to(acc) * keep_scale(p)
-        dropped = None if rows is None else rows * keep
-    dx = dbias = da = db = dlora_bias = None
-    if need_x or need_a:
-        ds = (dy_acc @ b.to(acc)) * factor
-    if need_x:
-        lowrank = ds @ a.to(acc)
-        lowrank = lowrank if keep is None else lowrank * keep
-        dx = (dy_acc @ weight.to(acc) + lowrank).to(x_dtype).reshape(*lead, weight.shape[1])
-    if need_a:
-        da = (ds.t() @ dropped).to(adapter_dtype)
-    if need_b:
-        # s as saved is a constant; where it depends on something that is being differentiated it is made again.
-        s = s if dropped is None else dropped @ a.to(acc).t()
-        db = ((dy_acc.t() @ s) * factor).to(adapter_dtype)
-    if need_bias:
-        dbias = dy_acc.sum(0).to(bias_dtype)
-    if need_lora_bias:
-        dlora_bias = (dy_acc.sum(0) * factor).to(adapter_dtype)
-    return dx, dbias, da, db, dlora_bias
 
 
 _function_apply: Any = super(torch.autograd.Function, FusedLoRALinear).apply
@@ -356,13 +301,15 @@ def lora_linear(
     dtype = check_operands(x, weight, lora_a, lora_b, bias, lora_bias)
     scale, scale_tensor = check_scale(scale, x.device)
     p = check_p(dropout_p)
-    p = p if training else 0.0
+    p = p if check_switch(training, "training") else 0.0
+    check_seed(seed)
     composite = strategy == "reference" or _transformed()
-    if strategy is not None and not composite and not torch.compiler.is_compiling():
+    if strategy is not None and (composite or not torch.compiler.is_compiling()):
         # A request that cannot be met is refused here, before any work; in a compiled graph the op refuses it.
-        plan_for(0, weight.shape[0], weight.shape[1], lora_a.shape[0], dtype, lora_a.dtype, p > 0.0, x.device, strategy)
-    if composite and strategy is not None:
         parse_request(strategy)
+        if not composite:
+            N, K = weight.shape
+            plan_for(0, N, K, lora_a.shape[0], dtype, lora_a.dtype, p > 0.0, x.device, strategy)
     seed_tensor = as_seed(seed, x.device) if p > 0.0 else None
     if composite:
         factor = scale if scale_tensor is None else scale_tensor
@@ -393,8 +340,9 @@ def explain(
     dtype = check_operands(x, weight, lora_a, lora_b, bias, lora_bias)
     check_scale(scale, x.device)
     p = check_p(dropout_p)
+    check_seed(seed)
     N, K = weight.shape
-    dropout = training and p > 0.0
+    dropout = check_switch(training, "training") and p > 0.0
     device = device_facts(x.device, interpreting())
     facts = Facts(math.prod(x.shape[:-1]), N, K, lora_a.shape[0], dtype, lora_a.dtype, dropout, device)
     return make_plan(facts, strategy)
