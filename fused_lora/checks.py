@@ -20,7 +20,7 @@ _LARGEST_SCALE = torch.finfo(torch.float32).max
 def as_number(value: Any, name: str) -> float:
     """``value`` as a float, infinite where it is too large for one; raise ``TypeError`` unless it is a number."""
     try:
-        if isinstance(value, (bool, str, bytes, bytearray)):  # float() would take it
+        if isinstance(value, (str, bytes, bytearray)):  # float() would read it
             raise TypeError
         return float(value)
     except OverflowError:

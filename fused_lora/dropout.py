@@ -50,6 +50,8 @@ def check_p(p: float, name: str = "dropout_p") -> float:
     ``name``: what the caller's argument is called.
     """
     if type(p) is not float:  # asked in every call, and this costs less than float(p)
+        if p is True:  # False is taken for "none", as torch takes it; True would drop everything
+            raise TypeError(f"{name} must be a number, got bool True: pass a probability")
         p = as_number(p, name)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {p}; pass 0.0 for no dropout")

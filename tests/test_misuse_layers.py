@@ -67,7 +67,7 @@ def test_check_p_of_no_number(p):
 
 
 def test_check_p_takes_any_number():
-    assert [check_p(p) for p in (0, True, torch.tensor(0.5), 0.25)] == [0.0, 1.0, 0.5, 0.25]
+    assert [check_p(p) for p in (0, 1, False, torch.tensor(0.5), 0.25)] == [0.0, 1.0, 0.0, 0.5, 0.25]
     with pytest.raises(ValueError, match="must be in"):
         check_p(10**400)
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from .. import pieces, reference
 from ..checks import autocasting, check_operands, check_scale, check_switch
+from ..derivatives import differentiable_backward
 from ..dropout import as_seed, check_p, check_seed
 from ..plan import Facts, Plan, device_facts, interpreting, make_plan, parse_request, plan_for
 from ..vendor import acc_dtype
-from .derivatives import differentiable_backward
 
 _library = torch.library.Library("fused_lora", "DEF")
 _library.define(

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 
-from ..dropout import keep_mask, keep_scale
-from ..vendor import acc_dtype
+from .dropout import keep_mask, keep_scale
+from .vendor import acc_dtype
 
 
 def differentiable_backward(
