@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .checks import check_switch
 from .layer import check_init, lora_scale
 
 ALL_LINEAR = "all-linear"
@@ -63,8 +64,7 @@ class LoRAConfig:
         lora_scale(self.r, self.lora_alpha, self.use_rslora)
         put(self, "lora_dropout", _probability(self.lora_dropout))
         for label in ("use_rslora", "use_dora"):
-            if not isinstance(getattr(self, label), bool):
-                raise TypeError(f"{label} must be True or False, got {getattr(self, label)!r}")
+            put(self, label, check_switch(getattr(self, label), label))
         put(self, "init_lora_weights", check_init(self.init_lora_weights))
         if self.bias not in _BIASES:
             raise ValueError(f"bias must be one of {', '.join(_BIASES)}, got {self.bias!r}")

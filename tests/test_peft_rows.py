@@ -128,6 +128,8 @@ SITUATIONS = """
     peft_fallback::functorch_forward_mode_and_dispatch_modes
 27: double backward
     peft_numerics::double_backward
+in place: x is written in place between the forward and its backward
+    peft_situations::x_written_in_place
 files: state dict, config and saved bytes
     peft_patch::files_and_state_dict_are_identical
 operations: merging, weighting, switching, deleting, copying, pickling, the status
@@ -208,6 +210,7 @@ DOCS = {
     "`torch.compile`": [25],
     "`torch.func`": [26, "modes"],
     "double backward": [27],
+    "x is written in place": ["in place"],
 }
 
 

@@ -309,3 +309,20 @@ def test_a_subclass_of_peft_s_layer_is_left_alone():
     assert {status.state for status in report.layers} == {"peft"}
     assert "only lora.Linear is fused, and its type is Quantised" in str(report)
     assert run(ours, X, DY).equals(run(model, X, DY))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "p", "peft_raises"), [(torch.float32, 0.0, True), (BF16, 0.0, False), (BF16, 0.1, False)]
+)
+def test_x_written_in_place(dtype, p, peft_raises):
+    """x itself is kept for the backward; PEFT kept a copy where it dropped or cast."""
+    model = peft_model(dtype=dtype, lora_dropout=p)
+    for m, raises in ((model, peft_raises), (patched_copy(model)[0], True)):
+        x = X.to(dtype).clone()
+        y = m(x)
+        x.add_(1)
+        if raises:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.backward(DY.to(y.dtype))
+        else:
+            y.backward(DY.to(y.dtype))
