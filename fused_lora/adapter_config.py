@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .adapter_files import AdapterError
-from .adapter_patterns import Pattern, suffix_matcher
+from .adapter_patterns import Pattern, first_match, suffix_matcher
 from .layer import lora_scale
 
 _LARGEST_RANK = 1 << 16
@@ -112,8 +112,10 @@ def _selector(value: str | Sequence[str]) -> Callable[[str], bool]:
 
 
 def _by_pattern(patterns: Mapping[str, Any], names: Iterable[str], default: Any) -> dict[str, Any]:
-    matchers = [(suffix_matcher(key), value) for key, value in patterns.items()]
-    return {name: next((value for matches, value in matchers if matches(name)), default) for name in names}
+    find = first_match(patterns)
+    values = list(patterns.values())
+    places = {name: find(name) for name in names}
+    return {name: default if place is None else values[place] for name, place in places.items()}
 
 
 def parse_config(content: Mapping[str, Any], where: str) -> AdapterConfig:

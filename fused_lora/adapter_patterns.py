@@ -21,6 +21,7 @@ else:
 _MOST_CHARACTERS = 20_000
 _MOST_STATES = 20_000
 _MOST_STEPS = 5_000_000  # some seconds
+_MOST_TRIES = 1_000_000  # expressions times names; as long
 _PLAIN = re.compile(r"\^?[\w\-]+(?:\\?\.[\w\-]+)*")
 
 
@@ -215,15 +216,47 @@ _ANCHORS: dict[Any, Callable[[str, int], bool]] = {
 }
 
 
-def suffix_matcher(key: str) -> Callable[[str], bool]:
-    """How PEFT reads a key of rank_pattern: a regular expression for a name or its last components.
+def first_match(keys: Iterable[str]) -> Callable[[str], int | None]:
+    """For a name the index of the first of ``keys`` that fits it, or None, as PEFT reads rank_pattern.
+
+    A key is a regular expression for a name or for its last components. Keys that are names themselves are looked up,
+    so that a file with a key for each of its layers takes no time to match.
 
     Raises:
-        PatternError: see :class:`Pattern`.
+        PatternError: see :class:`Pattern`; and in the function, where there are too many expressions for the names.
     """
-    if _PLAIN.fullmatch(key):
-        plain = key.replace("\\.", ".").removeprefix("^")
-        if key.startswith("^"):
-            return lambda name: name == plain
-        return lambda name: name == plain or name.endswith(f".{plain}")
-    return Pattern(rf"(?:.*\.)?(?:{key})").matches
+    whole: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    expressions: list[tuple[int, Pattern]] = []
+    for index, key in enumerate(keys):
+        if _PLAIN.fullmatch(key):
+            plain = key.replace("\\.", ".")
+            table, plain = (whole, plain[1:]) if plain.startswith("^") else (ends, plain)
+            table.setdefault(plain, index)
+        else:
+            expressions.append((index, Pattern(rf"(?:.*\.)?(?:{key})")))
+    tried = 0
+
+    def find(name: str) -> int | None:
+        nonlocal tried
+        components = name.split(".")
+        found = [whole[name]] if name in whole else []
+        found += [ends[end] for i in range(len(components)) if (end := ".".join(components[i:])) in ends]
+        first = min(found, default=None)
+        for index, pattern in expressions:
+            if first is not None and index > first:
+                break
+            tried += 1
+            if tried > _MOST_TRIES:
+                raise PatternError(f"{len(expressions):,} regular expressions are too many for the layers they are for")
+            if pattern.matches(name):
+                return index
+        return first
+
+    return find
+
+
+def suffix_matcher(key: str) -> Callable[[str], bool]:
+    """Whether one key fits a name, as :func:`first_match` reads keys."""
+    find = first_match((key,))
+    return lambda name: find(name) is not None

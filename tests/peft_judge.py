@@ -25,7 +25,9 @@ HERE = Path(__file__).parent
 def run(options: argparse.Namespace, mode: str, directory: Path) -> dict:
     """The outcomes and counts of one run of the files, with PEFT patched (mode: dropout=) or not ("off")."""
     record = directory / f"{mode}.json"
-    command = [sys.executable, "-P", "-m", "pytest", "-p", "peft_plugin", "-o", "addopts=", "-q", "--tb=line"]
+    # Not -m pytest, which would put the working directory, PEFT's, before the installed package.
+    pytest = [sys.executable, "-c", "import sys; sys.path.remove(''); import pytest; sys.exit(pytest.main())"]
+    command = [*pytest, "-p", "peft_plugin", "-o", "addopts=", "-q", "--tb=line"]
     command += ["--fused-dropout", mode, "--fused-outcomes", str(record), "-k", options.k]
     # PEFT's settings make errors of the deprecations of a transformers that is newer than they are.
     command += ["-W", "default::FutureWarning", "-W", "default::DeprecationWarning"]

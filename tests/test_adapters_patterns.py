@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from fused_lora.adapter_patterns import Pattern, PatternError, suffix_matcher
+from fused_lora import adapter_patterns
+from fused_lora.adapter_patterns import Pattern, PatternError, first_match, suffix_matcher
 
 PATTERNS = [
     r".*\.(q|v)_proj",
@@ -59,3 +60,38 @@ def test_keys_of_rank_pattern():
     assert suffix_matcher(r"blocks\.0\.up")("model.blocks.0.up")
     assert suffix_matcher(r"blocks\.\d+\.up")("model.blocks.12.up")
     assert not suffix_matcher(r"blocks\.\d+\.up")("model.blocks.x.up")
+
+
+KEYS = ["^blocks.0.up", "up", r"blocks\.1\.up", r"blocks\.\d+\.(up|down)", "0.down", r".*\.gate", "blocks.2"]
+
+
+def test_the_first_key_that_fits():
+    find = first_match(KEYS)
+    for name in (
+        "blocks.0.up",
+        "blocks.1.up",
+        "a.blocks.1.up",
+        "blocks.0.down",
+        "down",
+        "x.gate",
+        "gate",
+        "blocks.2",
+        "2",
+    ):
+        fits = (i for i, key in enumerate(KEYS) if re.match(rf"(.*\.)?({key})$", name))  # as PEFT asks it
+        assert find(name) == next(fits, None), name
+
+
+def test_a_key_for_each_of_many_layers_takes_no_time():
+    """A comparison of each key with each name would take minutes."""
+    names = [f"model.layers.{i}.experts.up" for i in range(40_000)]
+    find = first_match([f"^{name}" if i % 2 else name for i, name in enumerate(names)])
+    assert [find(name) for name in names] == list(range(40_000))
+
+
+def test_expressions_times_names_are_bounded(monkeypatch):
+    monkeypatch.setattr(adapter_patterns, "_MOST_TRIES", 100)
+    find = first_match([rf"x{i}\d" for i in range(30)])
+    assert [find(name) for name in ("a", "b", "x3.0")] == [None] * 3
+    with pytest.raises(PatternError, match="30 regular expressions are too many"):
+        find("c")
