@@ -82,6 +82,19 @@ def _dropped(x: Tensor, i: int, j: int, mask: BlockMask, hashes: Tensor, acc: to
     return mask.zero_dropped(block, hashes, out=block)
 
 
+def _in_blocks(x: Tensor, dtype: torch.dtype, mask: BlockMask | None = None) -> Iterator[tuple[int, int, Tensor]]:
+    """(i, j, rows i..j of drop(x) in ``dtype``) of block after block, each in the same memory where one is made."""
+    memory: Tensor | None = None
+    for i, j in _row_blocks(x):
+        block = part(x, i, j)
+        if mask is not None:
+            block = _dropped(x, i, j, mask, mask.hashes(i, j - i), dtype)
+        elif block.dtype != dtype:
+            memory = torch.empty_like(block, dtype=dtype) if memory is None else memory  # the first is the largest
+            block = part(memory, 0, j - i).copy_(block)
+        yield i, j, block
+
+
 def shrink(x: Tensor, a: Tensor, mask: BlockMask | None, upcast: bool) -> Tensor:
     """s = drop(x) aᵀ, (M, R) in the accumulation dtype, or as its one GEMM rounded it: to cast it tells no more."""
     acc = acc_dtype(a.dtype)
@@ -96,8 +109,7 @@ def shrink(x: Tensor, a: Tensor, mask: BlockMask | None, upcast: bool) -> Tensor
         block = _dropped(x, 0, x.shape[0], mask, mask.hashes(0, x.shape[0]), work)
         return _in(torch.mm(block, a_t), acc).mul_(mask.scale)
     s = x.new_empty(x.shape[0], a.shape[0], dtype=acc)
-    for i, j in _row_blocks(x):
-        block = _in(part(x, i, j), work) if mask is None else _dropped(x, i, j, mask, mask.hashes(i, j - i), work)
+    for i, j, block in _in_blocks(x, work, mask):
         if work == acc:
             torch.mm(block, a_t, out=part(s, i, j))
         else:
@@ -233,8 +245,7 @@ def grad_b(
     if b is not None:
         ds = dy.new_empty(dy.shape[0], b.shape[1], dtype=acc)
     total = None if s is None else RowSum(s.shape[1], dy, acc, acc)
-    for i, j in _row_blocks(dy):
-        block = _in(part(dy, i, j), acc)
+    for i, j, block in _in_blocks(dy, acc):
         if b is not None and ds is not None:
             torch.mm(block, b, out=part(ds, i, j))
         if s is not None and total is not None:
@@ -365,7 +376,6 @@ def grad_a(x: Tensor, ds: Tensor, mask: BlockMask | None, dtype: torch.dtype, up
     work = dtype if x.is_cpu and _native(x, dtype, upcast) else acc
     t = _in(ds if mask is None else ds * mask.scale, work)
     da = RowSum(ds.shape[1], x, acc, work)
-    for i, j in _row_blocks(x):
-        block = _in(part(x, i, j), work) if mask is None else _dropped(x, i, j, mask, mask.hashes(i, j - i), work)
+    for i, j, block in _in_blocks(x, work, mask):
         da.add(part(t, i, j), block)
     return _in(da.total(), dtype)
