@@ -23,6 +23,7 @@ from torch import Tensor
 from . import pieces
 from .peft_several import add_lowrank
 from .plan import Plan, plan_for
+from .rank_products import add_product
 from .vendor import acc_dtype, with_rank
 
 
@@ -117,7 +118,7 @@ def _add_delta(y: Tensor, s: Tensor, b: Tensor, lora_bias: Tensor | None, scale:
     if y.dtype == b.dtype and abs(scale) > 0:  # BLAS skips the product at 0 and NaN, whatever is in it
         if lora_bias is not None:
             s, b = with_rank(s, b, 1.0, lora_bias)
-        y.addmm_(s, b.t(), alpha=scale)
+        add_product(y, s, b.t(), alpha=scale)
         return
     acc = acc_dtype(b.dtype)
     y += F.linear(s.to(acc) * scale, b.to(acc), None if lora_bias is None else lora_bias.to(acc) * scale)
