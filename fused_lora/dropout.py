@@ -38,6 +38,8 @@ GROUP = 8
 _WORD = 0xFFFFFFFF
 # Up to here Python's integers make the words of the groups faster than thirty operators on tiny tensors do.
 _FEW_GROUPS = 32
+# Groups up to which their words are kept from a forward for its backward.
+_KEPT_GROUPS = 1 << 10
 # Elements up to which numpy, where it is installed, makes a whole mask faster than torch: its calls cost less.
 _SMALL = 1 << 13
 # Hashes of groups of rows made at once: 1 MiB, for eight times as many elements. More would not stay in the caches.
@@ -137,32 +139,42 @@ def _seed_keys(seed: Any) -> tuple[Any, Any]:
     return key0, _mix(key0 ^ high)
 
 
-def _few_group_words(key0: int, key1: int, groups: int) -> tuple[list[int], list[int]]:
+def _few_group_words(seed: int, groups: int) -> tuple[list[int], list[int]]:
     """Every r0 and every r1, in Python's integers."""
+    key0, key1 = _seed_keys(seed)
     first = [_mix(group ^ key0) for group in range(groups)]
     return first, [_mix((word + key1) & _WORD) | 1 for word in first]
 
 
 def _group_keys(seed: int | Tensor, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The two words of every group of rows, (r0, r1), int32 of shape (groups, 1)."""
+    if isinstance(seed, int) and isinstance(groups, int) and (groups <= _FEW_GROUPS or _numpy() is not None):
+        words = (_kept_words if groups <= _KEPT_GROUPS else _host_words)(seed, groups)
+        r0, r1 = torch.from_numpy(words) if _numpy() else torch.tensor(words, dtype=torch.int32, device="cpu")
+        return r0[:, None].to(device), r1[:, None].to(device)
     key0, key1 = _seed_keys(seed)
-    if isinstance(key0, int) and isinstance(groups, int) and (groups <= _FEW_GROUPS or _numpy() is not None):
-        r0, r1 = _words_on_the_host(key0, key1, groups)[:, :, None].to(device)
-        return r0, r1
     group = torch.arange(groups, dtype=torch.int64, device=device)
     r0 = _mix(group ^ key0)  # not in place: under vmap the keys may be a batch
     r1 = _mix((r0 + key1) & _WORD) | 1
     return r0.to(torch.int32)[:, None], r1.to(torch.int32)[:, None]
 
 
-def _words_on_the_host(key0: int, key1: int, groups: int) -> Tensor:
-    """Every r0 and r1, int32 (2, groups), without thirty operators on a small tensor: they cost ten times this."""
-    if groups <= _FEW_GROUPS:
-        words = [[_signed(word) for word in kind] for kind in _few_group_words(key0, key1, groups)]
-        return torch.tensor(words, dtype=torch.int32, device="cpu")
+def _host_words(seed: int, groups: int) -> Any:
+    """Every r0 and r1, without thirty operators on a small tensor: they cost ten times this.
+
+    An int32 array (2, groups), or where numpy is missing two lists.
+    """
     numpy = _numpy()
+    if groups <= _FEW_GROUPS:
+        words = [[_signed(word) for word in kind] for kind in _few_group_words(seed, groups)]
+        return words if numpy is None else numpy.array(words, numpy.int32)
+    key0, key1 = _seed_keys(seed)
     first = _mix(numpy.arange(groups, dtype=numpy.uint32) ^ key0)  # arrays of uint32 wrap around by themselves
-    return torch.from_numpy(numpy.stack((first, _mix(first + key1) | 1)).view(numpy.int32))
+    return numpy.stack((first, _mix(first + key1) | 1)).view(numpy.int32)
+
+
+# The backward asks for the words of its forward: 8 KiB at most for each of as many layers.
+_kept_words = functools.lru_cache(maxsize=512)(_host_words)
 
 
 def _column_words(cols: int, device: torch.device) -> Tensor:
@@ -228,17 +240,18 @@ def _numpy_constants(cols: int) -> tuple[Any, Any]:
     return columns.numpy().view("uint32"), factors.numpy().view("uint32")
 
 
-def _small_dropped(seed: int, rows: int, cols: int, p: float) -> Tensor:
-    """Where a whole mask of few rows drops, bool (rows, cols), through numpy."""
+@functools.lru_cache(maxsize=512)
+def _small_dropped(seed: int, rows: int, cols: int, p: float) -> Any:
+    """Where a whole mask of few rows drops, a bool array (rows, cols) that is kept like :data:`_kept_words`."""
     numpy = _numpy()
     columns, factors = _numpy_constants(cols)
-    r0, r1 = numpy.array(_few_group_words(*_seed_keys(seed), -(-rows // GROUP)), numpy.uint32)[:, :, None]
+    r0, r1 = numpy.array(_few_group_words(seed, -(-rows // GROUP)), numpy.uint32)[:, :, None]
     u = columns + r0
     u ^= u >> 16
     u *= r1
     u ^= u >> 15
     dropped = (u[:, None] * factors).view(numpy.int32) <= threshold(p)
-    return torch.from_numpy(dropped.reshape(-1, cols)[:rows])
+    return dropped.reshape(-1, cols)[:rows]
 
 
 def part(t: Tensor, start: int, stop: int) -> Tensor:
@@ -259,7 +272,7 @@ class BlockMask:
         self._device = device = seed.device
         on_cpu = device.type == "cpu"
         if on_cpu and 0 < rows * cols <= _SMALL and rows <= GROUP * _FEW_GROUPS and _numpy() is not None:
-            self._small = _small_dropped(int(seed), rows, cols, p)
+            self._small = torch.from_numpy(_small_dropped(int(seed), rows, cols, p))
             return
         # On a CPU as Python's integers, which cost less than 0-d tensors; to read a GPU's seed would synchronise.
         self._keys = _group_keys(int(seed) if on_cpu else seed, -(-rows // GROUP), device)

@@ -175,16 +175,18 @@ def _rank_factors(t: Tensor, f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     """
     if dtype != torch.bfloat16:
         return t, _in(f, dtype)
-    t_high, f_high = t.to(dtype), f.to(dtype)
-    if f.dtype == dtype and t.device.type == "cpu":
+    t_high = t.to(dtype)
+    if f.dtype == dtype and t.is_cpu:
         return t_high, f
+    turned = f.stride(0) == 1  # a transposed factor stays one: copying it row by row would take longer than the product
+    f = f.t() if turned else f
+    f_high = _in(f, dtype)
     left, right = [t_high, (t - t_high).to(dtype)], [f_high, f_high]
     if f.dtype != dtype:
         left.append(t_high)
         right.append((f - f_high).to(dtype))
-    if f.stride(0) == 1:  # a transposed factor stays one: copying it row by row would take longer than the product
-        return torch.cat(left, dim=1), torch.cat([half.t() for half in right], dim=1).t()
-    return torch.cat(left, dim=1), torch.cat(right, dim=0)
+    factor = torch.cat(right, dim=1 if turned else 0)
+    return torch.cat(left, dim=1), factor.t() if turned else factor
 
 
 def _expand_upcast(x: Tensor, w: Tensor, bias: Tensor | None, t: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -337,12 +337,27 @@ def test_numpy_that_torch_was_not_built_for(monkeypatch):
 
     monkeypatch.setattr(torch, "from_numpy", refuse)
     dropout._numpy.cache_clear()
+    dropout._kept_words.cache_clear()
     try:
         mask = BlockMask(torch.tensor(3), 5, 7, 0.5)
         assert torch.equal(applied(mask, 0, 5, 7, torch.float32) == 1, keep_mask(3, 5, 7, 0.5))
     finally:
         monkeypatch.undo()
         dropout._numpy.cache_clear()
+        dropout._kept_words.cache_clear()
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(20, 40), (90, 100)])  # a small mask, one of few groups
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_forward_leaves_for_its_backward_is_only_read(rows, cols, dtype):
+    """The same seed again, with other rows or another p between, in place and not."""
+    for p, part in ((0.3, 0), (0.3, 3), (0.5, 0), (0.3, 0)):
+        expected = keep_mask(77, rows - part, cols, p)
+        for _ in range(2):
+            mask, block = BlockMask(torch.tensor(77), rows - part, cols, p), torch.ones(rows - part, cols, dtype=dtype)
+            assert torch.equal(mask.zero_dropped(block, mask.hashes(0, len(block))) == 1, expected)
+            mask.zero_dropped(block, mask.hashes(0, len(block)), out=block)
+            assert torch.equal(block == 1, expected)
 
 
 def test_no_copy_from_the_host_beside_a_cpu(monkeypatch):
