@@ -70,18 +70,31 @@ def seed_keys(seed_ptr):
 
 
 @triton.jit
-def keep_mask(key0, key1, rows, cols, threshold):
-    """Which elements stay: the arithmetic of ``fused_lora/dropout.py``. rows and cols broadcast to the tile."""
+def row_factor(rows):
+    """MIX2 * STEP ** (row % 8), what a row multiplies the hash of its group by."""
+    rows = rows.to(tl.uint32)
+    factor = tl.full(rows.shape, MIX2, tl.uint32)
+    factor = tl.where((rows & 1) != 0, factor * STEP, factor)
+    factor = tl.where((rows & 2) != 0, factor * STEP_2, factor)
+    return tl.where((rows & 4) != 0, factor * STEP_4, factor)
+
+
+@triton.jit
+def keep_mask(key0, key1, rows, factor, cols, threshold, PTX: tl.constexpr):
+    """Which elements stay: the arithmetic of ``fused_lora/dropout.py``. rows and cols broadcast to the tile.
+
+    factor: :func:`row_factor` of the rows. PTX: whether this is compiled to PTX, and the comparisons are to be
+    hidden from LLVM. It makes vectors of up to 32 of them, packs half of these into bits and unpacks the bits again, a
+    sixth of all instructions of a loop (sm_90, triton 3.6.0 and 3.7.1; docs/tuning-notes.md).
+    """
     rows = rows.to(tl.uint32)
     r0 = mix((rows >> 3) ^ key0)
     r1 = mix(r0 + key1) | 1
-    factor = tl.full(rows.shape, MIX2, tl.uint32)  # times STEP to the power of row % 8
-    factor = tl.where((rows & 1) != 0, factor * STEP, factor)
-    factor = tl.where((rows & 2) != 0, factor * STEP_2, factor)
-    factor = tl.where((rows & 4) != 0, factor * STEP_4, factor)
     u = cols.to(tl.uint32) * GOLDEN + r0
     u = (u ^ (u >> 16)) * r1
     h = (u ^ (u >> 15)) * factor
+    if PTX:
+        h = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [h], dtype=tl.uint32, is_pure=True, pack=1)
     return h.to(tl.int32, bitcast=True) > threshold
 
 
@@ -147,9 +160,15 @@ def lowrank_tile(
         acc = dot(s * scale, f, acc, PRECISION)
     if seed_ptr is not None:
         key0, key1 = seed_keys(seed_ptr)
-        keep = keep_mask(key0, key1, rows[:, None], cols[None, :], threshold)
+        # Not PTX: here comparisons are vectors without harm, and their scalars took 40 registers more.
+        keep = keep_mask(key0, key1, rows[:, None], row_factor(rows[:, None]), cols[None, :], threshold, False)
         acc = tl.where(keep, acc * inv_keep, 0.0)
     return acc
+
+
+def to_ptx() -> bool:
+    """Whether kernels are compiled to PTX: neither interpreted nor for AMD's chips."""
+    return not (HIP or INTERPRET.value)
 
 
 def scale_argument(scale: float | Tensor, device: torch.device) -> float | Tensor:

@@ -13,7 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import Drop, dot, factor_precision, keep_mask, load_scale, narrow, scale_argument, seed_keys
+from .device import (
+    Drop,
+    dot,
+    factor_precision,
+    keep_mask,
+    load_scale,
+    narrow,
+    row_factor,
+    scale_argument,
+    seed_keys,
+    to_ptx,
+)
 from .tiles import GradBTile, SkinnyTile, cdiv, divide
 
 _REDUCE_BLOCK = 512
@@ -41,7 +52,7 @@ def _shrink_kernel(
     # scalars
     scale, threshold,
     # tile
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """u = scale · drop(t) fᵀ. A program owns (BLOCK_M, BLOCK_R) of u over one part of C."""
     chunks = tl.cdiv(R, BLOCK_R)
@@ -57,6 +68,7 @@ def _shrink_kernel(
     f_ranks = f_ptr + ranks.to(tl.int64)[None, :] * stride_fr
     if seed_ptr is not None:
         key0, key1 = seed_keys(seed_ptr)
+        factor = row_factor(rows[:, None])
 
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     begin = part * c_per_part
@@ -66,7 +78,8 @@ def _shrink_kernel(
         t = tl.load(t_rows + cols_wide[None, :] * stride_tc, mask_m & (cols[None, :] < C), 0.0)  # (BLOCK_M, BLOCK_C)
         f = tl.load(f_ranks + cols_wide[:, None] * stride_fc, mask_r & (cols[:, None] < C), 0.0)  # (BLOCK_C, BLOCK_R)
         if seed_ptr is not None:
-            t = tl.where(keep_mask(key0, key1, rows[:, None], cols[None, :], threshold), t, 0.0)
+            keep = keep_mask(key0, key1, rows[:, None], factor, cols[None, :], threshold, PTX)
+            t = tl.where(keep, t, 0.0)
         # Not split: its three dots are not serialized, and ptxas spilled 8 bytes of it (sm_120, triton 3.7.1).
         if seed_ptr is not None and PRECISION != "split":
             acc = _finished_dot(t, f, acc, PRECISION)
@@ -88,7 +101,7 @@ def _outer_kernel(
     # scalars
     scale, threshold,
     # tile
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """g = scale · drop(t)ᵀ u. A program owns (BLOCK_C, BLOCK_R) of g over one part of M."""
     chunks = tl.cdiv(R, BLOCK_R)
@@ -103,6 +116,7 @@ def _outer_kernel(
     t_cols = t_ptr + cols.to(tl.int64)[:, None] * stride_tc
     if seed_ptr is not None:
         key0, key1 = seed_keys(seed_ptr)
+        factor = row_factor(tl.arange(0, BLOCK_M)[None, :])  # every step begins at a multiple of BLOCK_M, and of 8
 
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     begin = part * m_per_part
@@ -113,7 +127,8 @@ def _outer_kernel(
         t = tl.load(t_cols + rows_wide[None, :] * stride_tm, mask_c & (rows[None, :] < M), 0.0)
         u = tl.load(u_ptr + rows_wide[:, None] * R + ranks[None, :], (rows[:, None] < M) & mask_r, 0.0)
         if seed_ptr is not None:
-            t = tl.where(keep_mask(key0, key1, rows[None, :], cols[:, None], threshold), t, 0.0)
+            keep = keep_mask(key0, key1, rows[None, :], factor, cols[:, None], threshold, PTX)
+            t = tl.where(keep, t, 0.0)
         if seed_ptr is not None and PRECISION == "tf32":  # serialized else (sm_90)
             acc = _finished_dot(t, u, acc, PRECISION)
         else:
@@ -262,7 +277,7 @@ def _shrink(t: Tensor, f: Tensor, drop: Drop | None, scale: float | Tensor, tile
             m, c, r, c_per_part,
             t.stride(0), t.stride(1), f.stride(0), f.stride(1),
             scale, 0 if drop is None else drop.threshold,
-            precision, tile.block_m, tile.block_c, tile.block_r,
+            precision, tile.block_m, tile.block_c, tile.block_r, drop is not None and to_ptx(),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         _reduce((target, u))
@@ -285,7 +300,7 @@ def _outer(
             m, c, r, m_per_part,
             t.stride(0), t.stride(1), g.stride(0), g.stride(1),
             scale, 0 if drop is None else drop.threshold,
-            precision, tile.block_m, tile.block_c, tile.block_r,
+            precision, tile.block_m, tile.block_c, tile.block_r, drop is not None and to_ptx(),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         _reduce((target, g))
