@@ -7,6 +7,9 @@ A block sees what a reader of its page has: the imports of the blocks above it, 
 """
 
 import re
+import sys
+import types
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,17 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from test_models import LABELS, MODELS
 
-from fused_lora import LoRAConfig, apply_lora, cli, count_parameters, lora_layers, patch_peft, remove_lora, save_adapter
+from fused_lora import (
+    LoRAConfig,
+    apply_lora,
+    cli,
+    count_parameters,
+    lora_layers,
+    patch_peft,
+    remove_lora,
+    save_adapter,
+)
+from fused_lora.compat import torchtitan
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(path for folder in (".", "docs", "bench", "examples") for path in (ROOT / folder).glob("*.md"))
@@ -126,8 +139,33 @@ GIVEN = {
 }
 
 
+@pytest.fixture
+def others(monkeypatch):
+    """Stand-ins for what the tests cannot install: axolotl's plugins, torchtitan's converter."""
+
+    class Converter:
+        @dataclass(kw_only=True, slots=True)
+        class Config:
+            rank: int
+            alpha: float
+            target_modules: list[str]
+
+    modules = {
+        "axolotl.integrations.base": types.SimpleNamespace(BasePlugin=object),
+        "torchtitan.components.lora": types.SimpleNamespace(LoRAConverter=Converter),
+    }
+    for name, module in modules.items():
+        package, middle, _ = name.split(".")
+        for path in (package, f"{package}.{middle}"):
+            monkeypatch.setitem(sys.modules, path, types.ModuleType(path))
+        monkeypatch.setitem(sys.modules, name, module)
+    torchtitan._converter.cache_clear()
+    yield
+    torchtitan._converter.cache_clear()
+
+
 @pytest.mark.parametrize(("page", "title"), RECIPES)
-def test_recipe(page, title, hub, tmp_path, monkeypatch):
+def test_recipe(page, title, hub, others, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = GIVEN.get(page, GIVEN.get(title, dict))()
@@ -139,6 +177,14 @@ def test_recipe(page, title, hub, tmp_path, monkeypatch):
     for block in blocks(SECTIONS[page][title], "python"):
         block = block.replace("bf16=True", "bf16=True, use_cpu=True")  # which nobody wants who has a GPU
         exec(compile(block, f"{page}, {title}", "exec"), names)
+
+
+def test_the_plugin_for_axolotl_fuses(others, capsys):
+    (block,) = blocks(SECTIONS["docs/peft.md"]["axolotl"], "python")
+    names = {}
+    exec(block, names)
+    names["FusedLoRA"]().post_lora_load(None, peft_model())
+    assert "14 of 15 LoRA layers fused" in capsys.readouterr().out
 
 
 def shows(printed, text):
@@ -232,7 +278,7 @@ def test_counts(name):
     assert found == [total, *cells]
 
 
-ELSEWHERE = ("tests/torchtune/", "examples/NLG")  # in torchtune's and loralib's repositories
+ELSEWHERE = ("tests/torchtune/", "tests/unit_tests/", "examples/NLG")  # in torchtune's and loralib's repositories
 
 
 def anchor(heading):

@@ -44,7 +44,7 @@ def refusal(
         return TENSORS
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return FACTORS
-    if any(type(factor) is not nn.Linear or factor.bias is not None for factor in factors):
+    if any(not _is_linear(type(factor)) or factor.bias is not None for factor in factors):
         return FACTORS
     if has_global_hooks() or any(does_more(module) for module in (dropout, *factors)):
         return HOOKS
@@ -53,6 +53,14 @@ def refusal(
     if a.dtype != b.dtype or _dtype(x, weight, a) is None or (nf4 and bias is not None and bias.dtype != x.dtype):
         return DTYPES
     return TRACED if traced_elsewhere() else ""
+
+
+def _is_linear(kind: type) -> bool:
+    """Whether modules of this class compute what nn.Linear computes; torchtitan's class inherits its forward."""
+    if kind is nn.Linear:
+        return True
+    inherits = issubclass(kind, nn.Linear) and kind.forward is nn.Linear.forward
+    return inherits and kind.__call__ is nn.Linear.__call__
 
 
 def _dtype(x: Tensor, weight: Tensor, a: Tensor) -> torch.dtype | None:

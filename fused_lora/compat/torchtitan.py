@@ -1,0 +1,83 @@
+"""torchtitan's ``LoRAConverter``, whose layers run the fused operator.
+
+K in_features, N out_features, R rank.   weight (N, K)   bias (N,)   lora_a.weight (R, K)   lora_b.weight (N, R)
+
+    from fused_lora.compat.torchtitan import LoRAConverter   # was: from torchtitan.components.lora import LoRAConverter
+
+torchtitan is imported when ``LoRAConverter`` is asked for, not before. Reference: pytorch/torchtitan,
+``torchtitan/components/lora.py`` at b5bcd76c6.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import route
+
+_NO_DROPOUT = nn.Identity()
+
+
+@functools.cache
+def fused_class(layer_class: type) -> Any:
+    """A subclass of torchtitan's LoRA layer class over its ``Linear``, with a fused forward.
+
+    ``y = x Wᵀ + bias + alpha / rank · (x lora_aᵀ) lora_bᵀ``, x (..., K) -> (..., N). Parameters, names, initial values
+    and the sharding of ``parallelize`` are torchtitan's. What the operator has no answer to computes torchtitan's own
+    forward (``route.py`` lists it): tensors that tensor parallelism left sharded, factors that redistribute.
+    """
+    base: Any = layer_class
+
+    class Fused(base):
+        @dataclass(kw_only=True, slots=True)
+        class Config(base.Config):
+            pass
+
+        def forward(self, input: Tensor) -> Tensor:
+            a, b = self.lora_a.weight, self.lora_b.weight
+            if route.refusal(input, self.weight, self.bias, a, b, _NO_DROPOUT, self.lora_a, self.lora_b):
+                return super().forward(input)
+            return route.fused(input, self.weight, self.bias, a, b, self._lora_scaling, _NO_DROPOUT)
+
+    Fused.__name__, Fused.__qualname__ = layer_class.__name__, layer_class.__qualname__
+    return Fused
+
+
+@functools.cache
+def _converter() -> Any:
+    try:
+        theirs: Any = importlib.import_module("torchtitan.components.lora").LoRAConverter
+    except ImportError as error:
+        raise ImportError("LoRAConverter is for models of torchtitan, which is not installed") from error
+
+    class LoRAConverter(theirs):
+        """torchtitan's ``LoRAConverter`` with fused layers: the same configuration, the same order of converters.
+
+        Only layers whose base runs ``nn.Linear``'s own forward are fused. Those over another one, such as
+        ``Float8Linear``, are torchtitan's.
+        """
+
+        @dataclass(kw_only=True, slots=True)
+        class Config(theirs.Config):
+            pass
+
+        def _make_lora_config(self, cfg: Any) -> Any:
+            made = super()._make_lora_config(cfg)
+            if cfg._owner.forward is not nn.Linear.forward:
+                return made
+            fused = fused_class(made._owner)
+            return fused.Config(**{field.name: getattr(made, field.name) for field in fields(made) if field.init})
+
+    LoRAConverter.__module__ = LoRAConverter.Config.__module__ = __name__
+    LoRAConverter.__qualname__ = "LoRAConverter"
+    return LoRAConverter
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LoRAConverter":
+        return _converter()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
