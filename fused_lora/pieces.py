@@ -86,10 +86,10 @@ def _summed(t: Tensor | None) -> Any:
 
 
 def shrink(plan: Plan, x: Tensor, a: Tensor, mask: Mask | None, rounded: bool = False) -> Tensor:
-    """s = drop(x) aᵀ; with ``rounded`` bfloat16 on a CPU where one GEMM made it so, as :func:`expand` then takes it."""
+    """s = drop(x) aᵀ; with ``rounded`` bfloat16 where one GEMM made it so, as :func:`expand` then takes it."""
     if plan.shrink == "torch":
         s = vendor.shrink(x, a, _blocks(mask), plan.upcast)
-        return s if rounded and x.is_cpu and plan.expand == "torch" else _summed(s)
+        return s if rounded and plan.expand == "torch" else _summed(s)
     return _kernels().shrink(x, in_memory(a), _drop(mask), plan.tile("shrink"), allow_tf32=_allow_tf32())
 
 
@@ -122,7 +122,7 @@ def grad_b(
 ) -> tuple[Tensor | None, Tensor | None]:
     """ds = scale · dy b where b is given, db = scale · dyᵀ s where s is.
 
-    With ``rounded`` ds is bfloat16 on a CPU where one GEMM made it so, as :func:`grad_xa` then takes it.
+    With ``rounded`` ds is bfloat16 where one GEMM made it so, as :func:`grad_xa` then takes it.
     """
     if plan.grad_b == "torch":
         ds, db = vendor.grad_b(dy, b, s, scale, plan.facts.adapter_dtype, plan.upcast)

@@ -9,13 +9,13 @@ s = drop(x) aᵀ (M, R)   ds = scale · dy b (M, R)         both in the accumula
 Three forms of the big product. On a GPU the vendor's GEMM accumulates onto the low-rank product (beta = 1). On a CPU
 that multiplies the dtype the frozen product comes first and a rank-wide update is added to it, which costs less there
 than a large product that has to read its output. On a CPU without bfloat16/float16 arithmetic ("upcast") the operands
-become float32 block by block: torch's own fallback there is many times slower, and the result is
-rounded once.
+become float32 block by block: torch's own fallback there is many times slower. The result is rounded once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +45,14 @@ def _in(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+def on_cpu(t: Tensor) -> bool:
+    """Whether ``t`` takes the forms of a CPU. Asked here alone: a test without a GPU answers for one."""
+    return t.is_cpu
+
+
 def _tiny(t: Tensor) -> bool:
     """Whether an operator on ``t`` takes longer to call than to compute: then the fewest operators win, not bytes."""
-    return t.is_cpu and t.numel() <= _TINY
+    return on_cpu(t) and t.numel() <= _TINY
 
 
 def _native(t: Tensor, dtype: torch.dtype, upcast: bool) -> bool:
@@ -57,7 +62,7 @@ def _native(t: Tensor, dtype: torch.dtype, upcast: bool) -> bool:
 
 def _base_first(t: Tensor, dtype: torch.dtype) -> bool:
     """Whether the frozen product is made first and the low-rank product added to it (natively, in ``dtype``)."""
-    return dtype == acc_dtype(dtype) or (dtype == torch.bfloat16 and t.is_cpu)
+    return dtype == acc_dtype(dtype) or (dtype == torch.bfloat16 and on_cpu(t))
 
 
 def _blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
@@ -68,7 +73,7 @@ def _blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _row_blocks(t: Tensor) -> Iterator[tuple[int, int]]:
-    elements = _CPU_BLOCK if t.device.type == "cpu" else _GPU_BLOCK
+    elements = _CPU_BLOCK if on_cpu(t) else _GPU_BLOCK
     rows = elements // max(t.shape[1], 1)
     return _blocks(t.shape[0], max(rows - rows % GROUP, 2 * GROUP))  # whole groups: the mask hashes no row for nothing
 
@@ -103,11 +108,10 @@ def shrink(x: Tensor, a: Tensor, mask: BlockMask | None, upcast: bool) -> Tensor
         return torch.mm(x, a.t())
     work = a.dtype if native else acc
     a_t = _in(a, work).t()
-    if mask is None and _tiny(x):
-        return _in(torch.mm(_in(x, work), a_t), acc)
-    if mask is not None and _tiny(x):
-        block = _dropped(x, 0, x.shape[0], mask, mask.hashes(0, x.shape[0]), work)
-        return _in(torch.mm(block, a_t), acc).mul_(mask.scale)
+    if _tiny(x):
+        block = _in(x, work) if mask is None else _dropped(x, 0, x.shape[0], mask, mask.hashes(0, x.shape[0]), work)
+        s = _in(torch.mm(block, a_t), acc)
+        return s if mask is None else s.mul_(mask.scale)
     s = x.new_empty(x.shape[0], a.shape[0], dtype=acc)
     for i, j, block in _in_blocks(x, work, mask):
         if work == acc:
@@ -131,14 +135,15 @@ def expand(
     """y = x wᵀ + bias + scale · (s bᵀ + lora_bias), (M, N) in ``dtype``."""
     if not upcast:
         x, w = _in(x, dtype), _in(w, dtype)
-        if lora_bias is None and not isinstance(scale, Tensor) and abs(scale) > 0 and _base_first(x, dtype):
-            # The form below with the scale inside the last step: one operator less, which small layers feel. Not at 0
-            # or NaN, where BLAS skips the product: with Inf in it, or NaN before it, y is NaN.
-            if b.dtype == dtype:
+        if lora_bias is None and _inside(scale):
+            # The forms below with the scale inside the low-rank product: fewer operators, which small layers feel.
+            if not _base_first(x, dtype):
+                if bias is None and s.dtype == b.dtype == dtype:
+                    return _scaled_product(s, b.t(), scale).addmm_(x, w.t())
+            elif b.dtype == dtype or (_tiny(x) and x.shape[0] * w.shape[0] <= _TINY):
                 y = F.linear(x, w, None if bias is None else _in(bias, dtype))
-                return add_product(y, _in(s, dtype), b.t(), alpha=scale)
-            if _tiny(x) and x.shape[0] * w.shape[0] <= _TINY:
-                y = F.linear(x, w, None if bias is None else _in(bias, dtype))
+                if b.dtype == dtype:
+                    return add_product(y, _in(s, dtype), b.t(), alpha=scale)
                 return y.add_(torch.mm(s, b.t()), alpha=scale)
     t = _in(s, acc_dtype(dtype)) * scale
     if lora_bias is not None:
@@ -152,6 +157,18 @@ def expand(
     if bias is not None:
         t, b = with_rank(t, b, 1.0, bias)
     return _rank_product(t, b.t(), dtype).addmm_(x, w.t())
+
+
+def _inside(scale: float | Tensor) -> TypeGuard[float]:
+    """Whether a product may multiply by the scale itself. BLAS skips it at 0, where Inf in it makes NaN, and at NaN."""
+    return not isinstance(scale, Tensor) and abs(scale) > 0
+
+
+def _scaled_product(t: Tensor, f: Tensor, scale: float | Tensor) -> Tensor:
+    """scale · t f in the dtype of both; rounded once where the scale goes inside."""
+    if _inside(scale):
+        return torch.addmm(t.new_empty(1), t, f, beta=0, alpha=scale)  # beta = 0: the first is not read
+    return torch.mm(t, f).mul_(scale)
 
 
 def with_rank(t: Tensor, b: Tensor, factor: float | Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,8 +192,8 @@ def _rank_factors(t: Tensor, f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     """
     if dtype != torch.bfloat16:
         return t, _in(f, dtype)
-    t_high = t.to(dtype)
-    if f.dtype == dtype and t.is_cpu:
+    t_high = _in(t, dtype)
+    if f.dtype == dtype and (t.dtype == dtype or on_cpu(t)):
         return t_high, f
     turned = f.stride(0) == 1  # a transposed factor stays one: copying it row by row would take longer than the product
     f = f.t() if turned else f
@@ -212,7 +229,7 @@ def _easy_columns(b: Tensor, dy: Tensor) -> Tensor:
     On a CPU a float32 product with at most 8 columns takes two to four times as long over contiguous rows as over
     contiguous columns (AMD EPYC, torch 2.13, 2026-11-25).
     """
-    return b.t().contiguous().t() if b.shape[1] <= 8 and dy.device.type == "cpu" else b
+    return b.t().contiguous().t() if b.shape[1] <= 8 and on_cpu(dy) else b
 
 
 def grad_b(
@@ -225,25 +242,24 @@ def grad_b(
 ) -> tuple[Tensor | None, Tensor | None]:
     """ds = scale · dy b, (M, R) in the accumulation dtype, and db = scale · dyᵀ s, (N, R) in ``dtype``, the adapters'.
 
-    ds is computed where b is given, db where s is; the other is None. On a CPU ds is bfloat16 where all factors are.
+    ds is computed where b is given, db where s is; the other is None. ds is bfloat16 where all factors are.
     """
     acc = acc_dtype(dtype)
-    ds = db = None
+    ds = None
     native = _native(dy, dtype, upcast)
     if _tiny(dy) and not isinstance(scale, Tensor):
         return _tiny_grad_b(dy, b, s, scale, dtype, native)
+    if native and (_inside(scale) if dtype != acc else not on_cpu(dy)):
+        ds = None if b is None else _scaled_product(dy, b, scale)
+        return ds, None if s is None else _scaled_product(dy.t(), _in(s, dtype), scale)
     if native and dtype != acc:
-        return _low_grad_b(dy, b, s, scale, dtype)
+        ds = None if b is None else torch.mm(dy, b).to(acc).mul_(scale)
+        return ds, None if s is None else torch.mm(dy.t(), _in(s * scale, dtype))
     b = None if b is None else _in(_easy_columns(b, dy), acc)
     if native:
         ds = None if b is None else torch.mm(dy, b).mul_(scale)
-        if s is not None:
-            # Transposed: on a CPU dyᵀ s takes up to ten times as long as sᵀ dy (AMD EPYC, torch 2.13, 2026-11-25).
-            if dy.is_cpu:
-                db = row_sum(s, dy).turned().mul_(scale)
-            else:
-                db = torch.mm(dy.t(), s * scale)
-        return ds, db
+        # Transposed: on a CPU dyᵀ s takes up to ten times as long as sᵀ dy (AMD EPYC, torch 2.13, 2026-11-25).
+        return ds, None if s is None else row_sum(s, dy).turned().mul_(scale)
     if b is not None:
         ds = dy.new_empty(dy.shape[0], b.shape[1], dtype=acc)
     total = None if s is None else RowSum(s.shape[1], dy, acc, acc)
@@ -254,20 +270,6 @@ def grad_b(
             total.add(part(s, i, j), block)
     ds = None if ds is None else ds.mul_(scale)
     return ds, None if total is None else _in(total.turned().mul_(scale), dtype)
-
-
-def _low_grad_b(
-    dy: Tensor, b: Tensor | None, s: Tensor | None, scale: float | Tensor, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """:func:`grad_b` where everything is bfloat16."""
-    if dy.is_cpu and not isinstance(scale, Tensor) and abs(scale) > 0:
-        # The scale inside the product: rounded once, no pass to cast. beta = 0 reads nothing. Not at 0, see ``expand``.
-        unread = dy.new_empty(1)
-        ds = None if b is None else torch.addmm(unread, dy, b, beta=0, alpha=scale)
-        return ds, None if s is None else torch.addmm(unread, dy.t(), _in(s, dtype), beta=0, alpha=scale)
-    acc = acc_dtype(dtype)
-    ds = None if b is None else torch.mm(dy, b).to(acc).mul_(scale)
-    return ds, None if s is None else torch.mm(dy.t(), _in(s * scale, dtype))
 
 
 def _tiny_grad_b(
@@ -299,7 +301,7 @@ def grad_x(
 
     With ``x``, and a mask, also da = dsᵀ drop(x) in the dtype of a: both need the same blocks of the mask.
     """
-    t = ds if mask is None else ds * mask.scale
+    t = _kept_ds(ds, mask)
     da = None
     if x is not None and mask is not None:
         acc = acc_dtype(ds.dtype)
@@ -317,6 +319,12 @@ def grad_x(
         _add_lowrank(dx, t, a.to(t.dtype), mask, 0, x, da)
         dx.addmm_(dy, w.to(dtype))
     return _in(dx, x_dtype), None if da is None else _in(da.total(), a.dtype)
+
+
+def _kept_ds(ds: Tensor, mask: BlockMask | None) -> Tensor:
+    """ds / (1 - p); on a CPU, where passes cost, a bfloat16 ds is rounded again."""
+    wide = ds if mask is None or on_cpu(ds) else _in(ds, acc_dtype(ds.dtype))
+    return wide if mask is None else wide * mask.scale
 
 
 def _add_lowrank(
@@ -375,8 +383,8 @@ def grad_a(x: Tensor, ds: Tensor, mask: BlockMask | None, dtype: torch.dtype, up
         return torch.mm(_in(ds, dtype).t(), x)
     if mask is None and _tiny(x):
         return _in(torch.mm(_in(ds, acc).t(), _in(x, acc)), dtype)
-    work = dtype if x.is_cpu and _native(x, dtype, upcast) else acc
-    t = _in(ds if mask is None else ds * mask.scale, work)
+    work = dtype if on_cpu(x) and _native(x, dtype, upcast) else acc
+    t = _in(_kept_ds(ds, mask), work)
     da = RowSum(ds.shape[1], x, acc, work)
     for i, j, block in _in_blocks(x, work, mask):
         da.add(part(t, i, j), block)

@@ -209,10 +209,11 @@ def wide(t: torch.Tensor) -> np.ndarray:
 
 @contextlib.contextmanager
 def block_sizes(blocks: str):
-    """Run the ``torch`` strategy with "shipped", "small", "native" or "small-native" blocks.
+    """Run the ``torch`` strategy with "shipped", "small", "native", "small-native" or "gpu" blocks.
 
-    small: the seams of the blocked loops and of the batched products lie inside small tensors, and none of those is
-    tiny. native: the path of a device that multiplies bfloat16 and float16, whether or not this CPU does.
+    gpu: the forms of a GPU. small: the seams of the blocked loops and of the batched products lie inside small tensors,
+    and none of those is tiny. native: the path of a device that multiplies bfloat16 and float16, whether or not this
+    CPU does.
     """
     with contextlib.ExitStack() as stack:
         if "small" in blocks:
@@ -224,7 +225,9 @@ def block_sizes(blocks: str):
             smaller[rank_products]["_column_parts"] = rank_products._column_parts.__wrapped__  # nothing remembered
             for module, values in smaller.items():
                 stack.enter_context(mock.patch.multiple(module, **values))
-        if "native" in blocks:
+        if blocks == "gpu":
+            stack.enter_context(mock.patch.object(vendor, "on_cpu", return_value=False))
+        if "native" in blocks or blocks == "gpu":
             plan_for = ops_linear.plan_for
 
             def native(*facts):

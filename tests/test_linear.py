@@ -80,9 +80,22 @@ TRITON_DESCRIPTORS = [
         ((17,), "autocast-base16", 0.1, "expanded-dy"),
     )
 ]
+# The torch strategy as a GPU has it, computed by a CPU.
+COVERING["torch on a GPU"] = covering(
+    lead=[(1,), (17,), (129,), (2, 3, 7)],
+    NK=[(37, 1), (61, 127), (64, 128)],
+    R=[1, 8, 17, 64],
+    regime=list(REGIMES),
+    p=[0.0, 0.1],
+    layout=_LAYOUTS,
+    biases=_BIASES,
+    scale=["float", "tensor"],
+    strategy=["torch"],
+    blocks=["gpu"],
+)
 CASES = [
     Case(N=NK[0], K=NK[1], **{"strategy": strategy, **row})
-    for strategy in STRATEGIES
+    for strategy in COVERING
     for NK, row in ((row.pop("NK"), row) for row in COVERING[strategy])
 ]
 
@@ -94,14 +107,24 @@ def test_accuracy(case):
 
 # A regime decides which of the paths runs, dropout adds its own to most of them, and the blocks meet both: all three at
 # once, which pairs alone would not promise.
-REGIME_CASES = [
-    Case((5, 7), N=45, K=61, R=5, regime=regime, p=p, biases="both", blocks=blocks)
-    for regime, p, blocks in itertools.product(REGIMES, (0.0, 0.1, 0.5), ("shipped", "small", "native", "small-native"))
-    if "native" not in blocks or "float32" != regime != "float64"  # those two are native on every device
-] + [
-    Case((33,), N=37, K=35, R=5, regime=regime, p=p, biases="both", strategy="triton")
-    for regime, p in itertools.product((name for name in REGIMES if name != "float64"), (0.0, 0.1))
-]
+REGIME_CASES = (
+    [
+        Case((5, 7), N=45, K=61, R=5, regime=regime, p=p, biases="both", blocks=blocks)
+        for regime, p, blocks in itertools.product(
+            REGIMES, (0.0, 0.1, 0.5), ("shipped", "small", "native", "small-native", "gpu")
+        )
+        if "native" not in blocks or "float32" != regime != "float64"  # those two are native on every device
+    ]
+    + [
+        # Without biases, where a GPU's forms have the scale inside the products.
+        Case((33,), N=37, K=35, R=R, regime=regime, p=p, scale=scale, blocks="gpu")
+        for regime, p, (R, scale) in itertools.product(REGIMES, (0.0, 0.1), ((1, "float"), (9, "float"), (9, "tensor")))
+    ]
+    + [
+        Case((33,), N=37, K=35, R=5, regime=regime, p=p, biases="both", strategy="triton")
+        for regime, p in itertools.product((name for name in REGIMES if name != "float64"), (0.0, 0.1))
+    ]
+)
 
 
 @pytest.mark.parametrize("case", REGIME_CASES, ids=str)
@@ -150,7 +173,7 @@ def _fuzzed_case(draw, strategy: str, sizes: tuple[int, ...], regimes: list[str]
         layout=draw(st.sampled_from(_LAYOUTS), label="layout"),
         biases=draw(st.sampled_from(_BIASES), label="biases"),
         scale=draw(st.sampled_from(["float", "tensor"]), label="scale"),
-        blocks=draw(st.sampled_from(["shipped", "small", "native", "small-native"]), label="blocks"),
+        blocks=draw(st.sampled_from(["shipped", "small", "native", "small-native", "gpu"]), label="blocks"),
         wanted=tuple(sorted(draw(st.sets(st.sampled_from(GRADIENTS)), label="wanted"))),
         strategy=strategy,
     )
