@@ -121,7 +121,8 @@ def _numpy() -> Any:
     try:
         import numpy
 
-        torch.from_numpy(numpy.zeros(1, numpy.int32)).numpy()
+        with _disable_current_modes():  # a fake tensor has no numpy
+            torch.from_numpy(numpy.zeros(1, numpy.int32)).numpy()
     except (ImportError, RuntimeError, TypeError):
         return None
     return numpy
@@ -251,7 +252,8 @@ def _small_dropped(seed: int, rows: int, cols: int, p: float) -> Any:
     u *= r1
     u ^= u >> 15
     dropped = (u[:, None] * factors).view(numpy.int32) <= threshold(p)
-    return dropped.reshape(-1, cols)[:rows]
+    dropped = dropped.reshape(-1, cols)[:rows]
+    return dropped.copy() if rows % GROUP else dropped  # a view would keep the rows of the whole group
 
 
 def part(t: Tensor, start: int, stop: int) -> Tensor:

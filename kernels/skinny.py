@@ -116,6 +116,7 @@ def _outer_kernel(
     t_cols = t_ptr + cols.to(tl.int64)[:, None] * stride_tc
     if seed_ptr is not None:
         key0, key1 = seed_keys(seed_ptr)
+        tl.static_assert(BLOCK_M % 8 == 0)
         factor = row_factor(tl.arange(0, BLOCK_M)[None, :])  # every step begins at a multiple of BLOCK_M, and of 8
 
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)

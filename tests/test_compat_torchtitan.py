@@ -2,6 +2,8 @@
 
 import copy
 import importlib.util
+import pickle
+import types
 from dataclasses import dataclass
 
 import pytest
@@ -24,8 +26,17 @@ class Linear(nn.Linear):
         in_features: int
         out_features: int
 
+    _sharding_config = None
+
     def __init__(self, config):
         super().__init__(config.in_features, config.out_features, bias=getattr(config, "bias", False))
+
+    def parallelize(self, parallel_dims):
+        for child in self.children():
+            child.parallelize(parallel_dims)
+        if self._sharding_config is not None:
+            forward = self.forward
+            self.forward = lambda t: 3 * forward(t) if self._sharding_config.in_dst_shardings else forward(t)
 
 
 class Layer(Linear):
@@ -118,6 +129,36 @@ def test_what_the_operator_has_no_answer_to_is_their_forward(change):
     assert torch.equal(torch.as_tensor(ours(x)).as_subclass(torch.Tensor), theirs(x))
 
 
+@pytest.mark.parametrize(("tp", "redistributes", "fused"), [(1, False, True), (1, True, False), (2, False, False)])
+def test_parallelized(tp, redistributes, fused):
+    """torchtitan wraps every factor's forward, which is idle where nothing is redistributed."""
+    theirs, ours = make()
+    fields = dict.fromkeys(torchtitan._REDISTRIBUTIONS)
+    sharding = types.SimpleNamespace(**fields | {"in_dst_shardings": {"input": 1} if redistributes else None})
+    for layer in (theirs, ours):
+        layer.lora_a._sharding_config = layer.lora_b._sharding_config = sharding
+        layer.parallelize(types.SimpleNamespace(tp=tp))
+    x = torch.randn(M, K)
+    refused = route.refusal(
+        x, ours.weight, None, ours.lora_a.weight, ours.lora_b.weight, nn.Identity(), ours.lora_a, ours.lora_b
+    )
+    assert (refused == "") == fused
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_a_mode_that_follows_functions_sees_theirs():
+    class Watching(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    theirs, ours = make()
+    x, seen = torch.randn(M, K), []
+    with Watching():
+        assert torch.equal(ours(x), theirs(x))
+    assert seen.count(nn.functional.linear) == 6
+
+
 def test_a_call_of_its_own_counts():
     theirs, ours = make()
 
@@ -142,7 +183,7 @@ def test_compiled_in_one_graph():
 
 @pytest.mark.skipif(INSTALLED, reason="torchtitan is installed")
 def test_without_torchtitan_the_name_says_so():
-    with pytest.raises(ImportError, match="torchtitan, which is not installed"):
+    with pytest.raises(ImportError, match="torchtitan, which cannot be imported: No module named"):
         _ = torchtitan.LoRAConverter
     with pytest.raises(AttributeError, match="nothing"):
         _ = torchtitan.nothing
@@ -157,7 +198,7 @@ class TestTorchtitan:
         from torchtitan.models.llama3 import model_registry
 
         for converter in (Theirs, torchtitan.LoRAConverter):
-            config = converter.Config(rank=R, alpha=ALPHA, target_modules=["wq", "wkv", "wo", "w1", "w2", "w3"])
+            config = converter.Config(rank=R, alpha=ALPHA, target_modules=["wqkv", "wo", "w1", "w2", "w3"])
             model = model_registry("debugmodel", converters=[config]).model.build()
             torch.manual_seed(0)
             model.init_states()
@@ -180,7 +221,7 @@ class TestTorchtitan:
             got, expected = ours(tokens, **arguments), theirs(tokens, **arguments)
         # float32 through six blocks: whether it is the same network. How exact a layer is, the tests above say.
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
-        assert len(calls) == sum(name.endswith("lora_a.weight") for name in named)
+        assert len(calls) == sum(name.endswith("lora_a.weight") for name in named) == 5 * len(theirs.layers)
 
     def test_gradients(self):
         theirs, ours = (next(iter(model.layers.values())).feed_forward.double() for model in self.models())
@@ -192,6 +233,46 @@ class TestTorchtitan:
             assert (one.grad is None) == (other.grad is None) == ("lora" not in name)
             if one.grad is not None:
                 torch.testing.assert_close(one.grad, other.grad)
+
+    @pytest.mark.parametrize("backend", ["spmd_types", "partial_dtensor"])
+    def test_parallelized_by_it_on_one_process(self, backend, tmp_path, monkeypatch):
+        from torchtitan.distributed import parallel_dims, utils
+        from torchtitan.distributed.parallel_dims import ParallelDims
+        from torchtitan.models.llama3 import model_registry
+        from torchtitan.models.llama3.sharding import set_llama3_sharding_config
+
+        monkeypatch.setattr(parallel_dims, "device_type", "cpu")
+        monkeypatch.setattr(utils, "_spmd_backend", backend)
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            config = torchtitan.LoRAConverter.Config(rank=R, alpha=ALPHA, target_modules=["w1"])
+            model = model_registry("debugmodel", converters=[config]).model
+            set_llama3_sharding_config(model, enable_sp=True)
+            model = model.build()
+            model.init_states()
+            degrees = dict.fromkeys(("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "world_size"), 1)
+            dims = ParallelDims(**degrees, spmd_backend=backend)
+            dims.build_mesh()
+            model.parallelize(dims)
+            layer = model.layers["0"].feed_forward.w1
+            assert "forward" in layer.__dict__
+            with torch.no_grad():
+                layer.lora_b.weight.normal_()
+            calls, fused = [], route.fused
+            monkeypatch.setattr(route, "fused", lambda *args: calls.append(1) or fused(*args))
+            x = torch.randn(7, layer.in_features)
+            expected = nn.functional.linear(x, layer.weight) + ALPHA / R * layer.lora_b(layer.lora_a(x))
+            torch.testing.assert_close(layer(x), expected)
+            assert calls == [1]
+        finally:
+            torch.distributed.destroy_process_group()
+
+    def test_configurations_are_pickled(self):
+        config = torchtitan.LoRAConverter.Config(rank=R, alpha=ALPHA, target_modules=["wo"])
+        again = pickle.loads(pickle.dumps(config))
+        assert again == config
+        assert type(again.build()) is torchtitan.LoRAConverter
+        assert repr(config).startswith("LoRAConverter.Config(rank=8")
 
     def test_the_order_of_converters_is_checked(self):
         from torchtitan.components.quantization import Float8LinearConverter

@@ -278,7 +278,11 @@ def test_counts(name):
     assert found == [total, *cells]
 
 
-ELSEWHERE = ("tests/torchtune/", "tests/unit_tests/", "examples/NLG")  # in torchtune's and loralib's repositories
+ELSEWHERE = (
+    "tests/torchtune/",
+    "tests/unit_tests/",
+    "examples/NLG",
+)  # in the libraries' own repositories
 
 
 def anchor(heading):

@@ -15,11 +15,14 @@ import importlib
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import route
 
 _NO_DROPOUT = nn.Identity()
+# What a sharding of torchtitan's does to a call, where it is not None.
+_REDISTRIBUTIONS = ("in_src_shardings", "in_dst_shardings", "out_src_shardings", "out_dst_shardings", "local_map")
 
 
 @functools.cache
@@ -28,7 +31,7 @@ def fused_class(layer_class: type) -> Any:
 
     ``y = x Wᵀ + bias + alpha / rank · (x lora_aᵀ) lora_bᵀ``, x (..., K) -> (..., N). Parameters, names, initial values
     and the sharding of ``parallelize`` are torchtitan's. What the operator has no answer to computes torchtitan's own
-    forward (``route.py`` lists it): tensors that tensor parallelism left sharded, factors that redistribute.
+    forward: tensor parallelism, a check of its types of sharded tensors, and what ``route.py`` lists.
     """
     base: Any = layer_class
 
@@ -37,14 +40,32 @@ def fused_class(layer_class: type) -> Any:
         class Config(base.Config):
             pass
 
+        def parallelize(self, parallel_dims: Any) -> None:
+            super().parallelize(parallel_dims)
+            if parallel_dims.tp == 1:
+                for factor in (self.lora_a, self.lora_b):
+                    _undo_wrapper(factor)
+
         def forward(self, input: Tensor) -> Tensor:
-            a, b = self.lora_a.weight, self.lora_b.weight
-            if route.refusal(input, self.weight, self.bias, a, b, _NO_DROPOUT, self.lora_a, self.lora_b):
+            tensors = (input, self.weight, self.bias, self.lora_a.weight, self.lora_b.weight)
+            if _type_checked() or route.refusal(*tensors, _NO_DROPOUT, self.lora_a, self.lora_b):
                 return super().forward(input)
-            return route.fused(input, self.weight, self.bias, a, b, self._lora_scaling, _NO_DROPOUT)
+            return route.fused(*tensors, self._lora_scaling, _NO_DROPOUT)
 
     Fused.__name__, Fused.__qualname__ = layer_class.__name__, layer_class.__qualname__
     return Fused
+
+
+def _undo_wrapper(factor: Any) -> None:
+    """Take away the forward that ``parallelize`` gave a factor, where it only calls the one it replaced."""
+    sharding = factor._sharding_config
+    if sharding is not None and all(getattr(sharding, name) is None for name in _REDISTRIBUTIONS):
+        factor.__dict__.pop("forward", None)
+
+
+def _type_checked() -> bool:
+    """Whether a mode follows torch's functions, as torchtitan's check of sharded types does."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_function_stack() > 0
 
 
 @functools.cache
@@ -52,7 +73,7 @@ def _converter() -> Any:
     try:
         theirs: Any = importlib.import_module("torchtitan.components.lora").LoRAConverter
     except ImportError as error:
-        raise ImportError("LoRAConverter is for models of torchtitan, which is not installed") from error
+        raise ImportError(f"LoRAConverter is for models of torchtitan, which cannot be imported: {error}") from error
 
     class LoRAConverter(theirs):
         """torchtitan's ``LoRAConverter`` with fused layers: the same configuration, the same order of converters.
@@ -73,7 +94,7 @@ def _converter() -> Any:
             return fused.Config(**{field.name: getattr(made, field.name) for field in fields(made) if field.init})
 
     LoRAConverter.__module__ = LoRAConverter.Config.__module__ = __name__
-    LoRAConverter.__qualname__ = "LoRAConverter"
+    LoRAConverter.__qualname__, LoRAConverter.Config.__qualname__ = "LoRAConverter", "LoRAConverter.Config"
     return LoRAConverter
 
 
