@@ -128,7 +128,7 @@ def describe(cell: dict) -> str:
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Measure the grid; the result so far is written after every cell, so that an interrupted run leaves it."""
     device = device_of(options)
-    budget = options.budget or (0.02 if options.quick else 1.0)
+    budget = options.budget or (0.02 if options.quick else 2.0)
     grid = cases(options)
     left_out: dict[str, str] = {}
     probes: dict[str, float] = {}
@@ -159,8 +159,8 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Paired benchmark of LoRA linear layers.")
     add_grid_options(parser.add_argument)
-    parser.add_argument("--budget", type=float, help="seconds per provider and cell (default: 1, quick: 0.02)")
-    parser.add_argument("--max-rounds", type=int, default=20, help="rounds at most (default: 20)")
+    parser.add_argument("--budget", type=float, help="seconds per provider and cell (default: 2, quick: 0.02)")
+    parser.add_argument("--max-rounds", type=int, default=60, help="rounds at most (default: 60)")
     default = Path(__file__).parent / "results" / "paired.json"
     parser.add_argument(
         "--output", type=Path, default=default, help="the JSON to write (default: bench/results/paired.json)"
