@@ -33,6 +33,7 @@ _UPCAST_ROWS = 1 << 24
 _UPCAST_WEIGHT = 1 << 22
 # Elements up to which a tensor on a CPU is tiny: a pass over it in the caches takes about as long as a dispatch.
 _TINY = 1 << 13
+_LEAST_SCALE = torch.finfo(torch.float32).tiny
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -160,8 +161,9 @@ def expand(
 
 
 def _inside(scale: float | Tensor) -> TypeGuard[float]:
-    """Whether a product may multiply by the scale itself. BLAS skips it at 0, where Inf in it makes NaN, and at NaN."""
-    return not isinstance(scale, Tensor) and abs(scale) > 0
+    """Whether a product may multiply by the scale itself. Not at NaN, nor where float32 makes it 0: BLAS then skips the
+    product, where Inf in it makes NaN."""
+    return not isinstance(scale, Tensor) and abs(scale) >= _LEAST_SCALE
 
 
 def _scaled_product(t: Tensor, f: Tensor, scale: float | Tensor) -> Tensor:

@@ -159,6 +159,26 @@ def test_a_mode_that_follows_functions_sees_theirs():
     assert seen.count(nn.functional.linear) == 6
 
 
+def test_a_default_device_is_no_such_mode(monkeypatch):
+    calls, fused = [], route.fused
+    monkeypatch.setattr(route, "fused", lambda *args: calls.append(1) or fused(*args))
+    _, ours = make()
+    with torch.device("cpu"):
+        ours(torch.randn(M, K))
+    assert calls == [1]
+
+
+def test_a_forward_that_a_factor_had_before_stays():
+    theirs, ours = make()
+    for layer in (theirs, ours):
+        forward = layer.lora_a.forward
+        layer.lora_a.forward = lambda t, forward=forward: 2 * forward(t)
+        layer.lora_a._sharding_config = types.SimpleNamespace(**dict.fromkeys(torchtitan._REDISTRIBUTIONS))
+        layer.parallelize(types.SimpleNamespace(tp=1))
+    x = torch.randn(M, K)
+    assert torch.equal(ours(x), theirs(x))
+
+
 def test_a_call_of_its_own_counts():
     theirs, ours = make()
 

@@ -248,6 +248,23 @@ def test_an_upstream_gradient_that_is_not_finite_reaches_only_its_own_row(value,
     assert not dx[4].isfinite().any()
 
 
+@pytest.mark.parametrize("blocks", ["native", "gpu"])
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-46, 0.5])
+@pytest.mark.parametrize("regime", ["float32", "bfloat16"])
+def test_infinite_factors_show_at_every_scale(regime, scale, blocks):
+    """0 times Inf is NaN, also where a product with the scale inside would be skipped: 1e-46 is 0 in float32."""
+    inputs = make_inputs(Case((700,), N=23, K=31, R=3, regime=regime))  # more than a tiny input
+    a, b = inputs["lora_a"], inputs["lora_b"].clone()
+    b[2, 1] = float("inf")
+    x = inputs["x"].detach().requires_grad_()
+    with block_sizes(blocks):
+        y = lora_linear(x, inputs["weight"], a, b, scale)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert not y[:, 2].isfinite().any()
+    assert y[:, :2].isfinite().all()
+    assert not dx.isfinite().any()
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("regime", [name for name in REGIMES if name != "float64"])
 @pytest.mark.parametrize("p", [0.0, 0.1])

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from . import route
 
@@ -41,9 +42,10 @@ def fused_class(layer_class: type) -> Any:
             pass
 
         def parallelize(self, parallel_dims: Any) -> None:
+            untouched = [factor for factor in (self.lora_a, self.lora_b) if "forward" not in factor.__dict__]
             super().parallelize(parallel_dims)
             if parallel_dims.tp == 1:
-                for factor in (self.lora_a, self.lora_b):
+                for factor in untouched:
                     _undo_wrapper(factor)
 
         def forward(self, input: Tensor) -> Tensor:
@@ -64,8 +66,10 @@ def _undo_wrapper(factor: Any) -> None:
 
 
 def _type_checked() -> bool:
-    """Whether a mode follows torch's functions, as torchtitan's check of sharded types does."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_function_stack() > 0
+    """Whether a mode follows torch's functions, as torchtitan's check of sharded types does; not a default device."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() == 0:
+        return False
+    return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
 @functools.cache
