@@ -24,7 +24,7 @@ from . import pieces
 from .peft_several import add_lowrank
 from .plan import Plan, plan_for
 from .rank_products import add_product
-from .vendor import acc_dtype, with_rank
+from .vendor import acc_dtype, scale_inside, with_rank
 
 
 class Span(NamedTuple):
@@ -115,7 +115,7 @@ def _forward(
 
 def _add_delta(y: Tensor, s: Tensor, b: Tensor, lora_bias: Tensor | None, scale: float) -> None:
     """y += scale · (s bᵀ + lora_bias), in place; the scale never meets a float16 s, whose range it could leave."""
-    if y.dtype == b.dtype and abs(scale) > 0:  # BLAS skips the product at 0 and NaN, whatever is in it
+    if y.dtype == b.dtype and scale_inside(scale):
         if lora_bias is not None:
             s, b = with_rank(s, b, 1.0, lora_bias)
         add_product(y, s, b.t(), alpha=scale)

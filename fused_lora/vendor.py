@@ -136,7 +136,7 @@ def expand(
     """y = x wᵀ + bias + scale · (s bᵀ + lora_bias), (M, N) in ``dtype``."""
     if not upcast:
         x, w = _in(x, dtype), _in(w, dtype)
-        if lora_bias is None and _inside(scale):
+        if lora_bias is None and scale_inside(scale):
             # The forms below with the scale inside the low-rank product: fewer operators, which small layers feel.
             if not _base_first(x, dtype):
                 if bias is None and s.dtype == b.dtype == dtype:
@@ -160,7 +160,7 @@ def expand(
     return _rank_product(t, b.t(), dtype).addmm_(x, w.t())
 
 
-def _inside(scale: float | Tensor) -> TypeGuard[float]:
+def scale_inside(scale: float | Tensor) -> TypeGuard[float]:
     """Whether a product may multiply by the scale itself. Not at NaN, nor where float32 makes it 0: BLAS then skips the
     product, where Inf in it makes NaN."""
     return not isinstance(scale, Tensor) and abs(scale) >= _LEAST_SCALE
@@ -168,7 +168,7 @@ def _inside(scale: float | Tensor) -> TypeGuard[float]:
 
 def _scaled_product(t: Tensor, f: Tensor, scale: float | Tensor) -> Tensor:
     """scale · t f in the dtype of both; rounded once where the scale goes inside."""
-    if _inside(scale):
+    if scale_inside(scale):
         return torch.addmm(t.new_empty(1), t, f, beta=0, alpha=scale)  # beta = 0: the first is not read
     return torch.mm(t, f).mul_(scale)
 
@@ -251,7 +251,7 @@ def grad_b(
     native = _native(dy, dtype, upcast)
     if _tiny(dy) and not isinstance(scale, Tensor):
         return _tiny_grad_b(dy, b, s, scale, dtype, native)
-    if native and (_inside(scale) if dtype != acc else not on_cpu(dy)):
+    if native and (scale_inside(scale) if dtype != acc else not on_cpu(dy)):
         ds = None if b is None else _scaled_product(dy, b, scale)
         return ds, None if s is None else _scaled_product(dy.t(), _in(s, dtype), scale)
     if native and dtype != acc:

@@ -360,6 +360,17 @@ def test_what_a_forward_leaves_for_its_backward_is_only_read(rows, cols, dtype):
             assert torch.equal(block == 1, expected)
 
 
+def test_a_small_mask_is_kept_without_the_rest_of_its_group():
+    kept = dropout._small_dropped(5, 1, 8000, 0.3)
+    assert (kept if kept.base is None else kept.base).nbytes == 8000
+
+
+def test_numpy_is_found_under_fake_tensors():
+    dropout._numpy.cache_clear()
+    with FakeTensorMode():
+        assert dropout._numpy() is not None
+
+
 def test_no_copy_from_the_host_beside_a_cpu(monkeypatch):
     """A GPU would be waited for, and no CUDA graph captured: meta stands in for it."""
     seed = torch.empty((), dtype=torch.int64, device="meta")

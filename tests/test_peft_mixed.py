@@ -126,6 +126,20 @@ def test_mixed_batches_with_another_scaling(scale):
     assert_accurate(draws)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-46])
+def test_infinite_factors_show_in_mixed_batches_at_every_scale(scale):
+    model = mixed_model()
+    for layer in layers(model):
+        layer.scaling["other"] = scale
+        with torch.no_grad():
+            layer.lora_B["other"].weight[2] = torch.inf
+    ours, _ = patched_copy(model)
+    with torch.no_grad():
+        y, expected = (each(X, adapter_names=MIXES["shuffled"]) for each in (ours, model))
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    assert not y[[0, 5]].isfinite().all()
+
+
 def test_second_derivatives_of_mixed_batches():
     model = mixed_model(trained=True).double()
     ours, _ = patched_copy(model)
