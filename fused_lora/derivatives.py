@@ -39,7 +39,7 @@ def differentiable_backward(
         da = (ds.t() @ dropped).to(adapter_dtype)
     if need_b:
         # s as saved is a constant; where it depends on something that is being differentiated it is made again.
-        s = s if dropped is None else dropped @ a.to(acc).t()
+        s = s.to(acc) if dropped is None else dropped @ a.to(acc).t()
         db = ((dy_acc.t() @ s) * factor).to(adapter_dtype)
     if need_bias:
         dbias = dy_acc.sum(0).to(bias_dtype)

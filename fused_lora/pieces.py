@@ -80,8 +80,8 @@ def _allow_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _summed(t: Tensor | None) -> Any:
-    """``t`` in its accumulation dtype."""
+def summed(t: Tensor | None) -> Any:
+    """``t``, a rank-wide tensor, in its accumulation dtype."""
     return t if t is None or t.dtype != torch.bfloat16 else t.float()
 
 
@@ -89,7 +89,7 @@ def shrink(plan: Plan, x: Tensor, a: Tensor, mask: Mask | None, rounded: bool = 
     """s = drop(x) aᵀ; with ``rounded`` bfloat16 where one GEMM made it so, as :func:`expand` then takes it."""
     if plan.shrink == "torch":
         s = vendor.shrink(x, a, _blocks(mask), plan.upcast)
-        return s if rounded and plan.expand == "torch" else _summed(s)
+        return s if rounded and plan.expand == "torch" else summed(s)
     return _kernels().shrink(x, in_memory(a), _drop(mask), plan.tile("shrink"), allow_tf32=_allow_tf32())
 
 
@@ -126,9 +126,9 @@ def grad_b(
     """
     if plan.grad_b == "torch":
         ds, db = vendor.grad_b(dy, b, s, scale, plan.facts.adapter_dtype, plan.upcast)
-        return ds if rounded and plan.grad_x == plan.grad_a == "torch" else _summed(ds), db
+        return ds if rounded and plan.grad_x == plan.grad_a == "torch" else summed(ds), db
     dtype, dy, b = plan.facts.adapter_dtype, in_memory(dy), in_memory(b)
-    return _kernels().grad_b(dy, b, s, scale, plan.tile("grad_b"), out_dtype=dtype, allow_tf32=_allow_tf32())
+    return _kernels().grad_b(dy, b, summed(s), scale, plan.tile("grad_b"), out_dtype=dtype, allow_tf32=_allow_tf32())
 
 
 def grad_xa(

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from accuracy import GRADIENTS, STRATEGIES, Case, make_inputs, run
+from accuracy import GRADIENTS, STRATEGIES, Case, block_sizes, make_inputs, run
 from torch.autograd import forward_ad
 from torch.autograd.gradcheck import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,16 +93,17 @@ def test_create_graph_does_not_change_the_gradients(wanted, p):
 
 
 @pytest.mark.parametrize("regime", ["bfloat16", "bfloat16+float32", "float16+float32"])
-def test_create_graph_in_low_precision_keeps_the_dtypes_and_the_accuracy(regime):
-    case = Case((17,), N=13, K=11, R=3, regime=regime, p=0.4, biases="both")
+@pytest.mark.parametrize(("wanted", "p"), [(GRADIENTS, 0.4), (("lora_b",), 0.0)], ids=["all", "lora_b"])
+def test_create_graph_in_low_precision_keeps_the_dtypes_and_the_accuracy(regime, wanted, p):
+    case = Case((17,), N=13, K=11, R=3, regime=regime, p=p, biases="both")
     inputs = make_inputs(case)
     expected = run(reference.lora_linear, case, {name: t.double() for name, t in inputs.items()}, 11)
     dy = inputs.pop("dy")
-    tensors = [inputs[name].requires_grad_() for name in GRADIENTS]
-    y = lora_linear(**inputs, scale=1.625, dropout_p=0.4, seed=11)
+    tensors = [inputs[name].requires_grad_() for name in wanted]
+    y = lora_linear(**inputs, scale=1.625, dropout_p=p, seed=11)
     with torch.autocast("cpu", torch.bfloat16):  # which must not lower what the backward does
         gradients = torch.autograd.grad(y, tensors, dy, create_graph=True)
-    for name, gradient, tensor in zip(GRADIENTS, gradients, tensors, strict=True):
+    for name, gradient, tensor in zip(wanted, gradients, tensors, strict=True):
         assert gradient.dtype == tensor.dtype
         truth = expected[f"d{name}"]
         rounding = torch.finfo(gradient.dtype).eps
@@ -286,6 +287,13 @@ def test_kept_for_the_backward_is_s_and_a_seed(regime, p, layout, strategy):
     assert kept <= case.rows * case.R * 4 + 64
     # Nor is anything kept where the hooks do not see it.
     assert not [name for name, value in vars(y.grad_fn).items() if isinstance(value, torch.Tensor)]
+
+
+def test_an_s_that_one_gemm_rounded_is_kept_as_it_was_rounded():
+    inputs = leaves(lead=(43,), regime="bfloat16")
+    with block_sizes("native"):
+        kept, _ = kept_bytes(inputs, lambda: lora_linear(**inputs, scale=2.0))
+    assert kept == 43 * 2 * 2
 
 
 @pytest.mark.parametrize(

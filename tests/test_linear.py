@@ -64,6 +64,8 @@ COVERING = {
 TRITON_EDGES = [
     Case((33,), N=N, K=K, R=17, regime=regime, p=0.5, biases="both", strategy="triton", wanted=GRADIENTS[:3])
     for N, K, regime in ((1, 1, "float32"), (1, 31, "bfloat16"), (37, 1, "bfloat16+float32"))
+] + [  # the s that a vendor's GEMM rounded, read by kernels
+    Case((33,), N=45, K=39, R=8, regime="bfloat16", biases="both", strategy="triton:shrink=torch,expand=torch")
 ]
 # The TMA forms take 16-bit dtypes and N, K that are multiples of 8, so they have a list of their own.
 DESCRIPTORS = "triton:expand=descriptor,grad_x=descriptor"

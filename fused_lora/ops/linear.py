@@ -88,7 +88,7 @@ def _forward(
     dtype: torch.dtype,
     strategy: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Body of linear_forward: (y (..., N), s (M, R))."""
+    """Body of linear_forward: (y (..., N), s (M, R)); s is bfloat16 where one GEMM made it so."""
     N, K = weight.shape
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), K)
     plan = plan_for(rows.shape[0], N, K, a.shape[0], dtype, a.dtype, p > 0.0, x.device, strategy)
@@ -104,7 +104,13 @@ def _forward(
     if x.dim() != 2:
         # Not .view: autograd forbids in-place work (an activation, += residual) on a view made inside a Function.
         y = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], N))
-    return y, s if s.dtype != torch.bfloat16 else s.float()
+    return y, s
+
+
+def _forward_op(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """:func:`_forward` as an op, whose s has one dtype whatever the plan: the accumulation dtype."""
+    y, s = _forward(*arguments)
+    return y, pieces.summed(s)
 
 
 def _backward(
@@ -168,7 +174,7 @@ def _backward_fake(
 
 
 # Without grad: an exported graph calls the ops outside the Function that differentiates them.
-_library.impl("linear_forward", torch.no_grad()(_forward), "CompositeExplicitAutograd")
+_library.impl("linear_forward", torch.no_grad()(_forward_op), "CompositeExplicitAutograd")
 _library.impl("linear_backward", torch.no_grad()(_backward_op), "CompositeExplicitAutograd")
 torch.library.register_fake("fused_lora::linear_forward", _forward_fake, lib=_library)
 torch.library.register_fake("fused_lora::linear_backward", _backward_fake, lib=_library)
