@@ -300,36 +300,40 @@ def tune(worker) -> None:
         longest = max(longest, time.time() - start)
         state["entries"] = [entry.as_dict() for entry in entries]
         state["tuned_sizes"].append(case.id)
-        worker.write()
+        _write_chip(worker, entries)
         shown = ", ".join(f"{entry.piece} {entry.form} {entry.gain:.2f}" for entry in found)
         print(f"{case.id}: {shown}", file=sys.stderr, flush=True)
     left = [case.id for case in grid if case.id not in state["tuned_sizes"]]
     state["skipped_for_time"] = {"count": len(left), "ids": " ".join(left)}
-    _conclude(worker, entries, plan_of(grid[0], device).facts.device)
+    _conclude(worker, entries)
 
 
-def _conclude(worker, entries: list[Entry], facts: plan.DeviceFacts) -> None:
-    """Write the chip's table, first as measured, then with what compiles clean."""
-    state = worker.state
+def _write_chip(worker, entries: list[Entry], compiles_clean: bool = False) -> None:
+    """Write the record: ``install`` takes what there is of it, wherever this is stopped."""
+    state, facts = worker.state, plan.device_facts(torch.empty(0, device=worker.device).device, plan.interpreting())
     source = (
         f"{state['date'][:10]}, torch {state['torch']}, triton {state['triton']}, commit {str(state['commit'])[:7]}"
     )
     chip = {"name": facts.name, "capability": list(facts.capability), "source": source}
     state["version"] = tuned.VERSION
     state["chips"] = [{**chip, "entries": [entry.as_dict() for entry in entries]}]
-    # Interpreted kernels need not compile. On a GPU: not looked at yet, and not at all where this is stopped here.
-    state["compiles_clean"] = worker.device.type != "cuda"
+    state["compiles_clean"] = compiles_clean
     worker.write()
-    if state["compiles_clean"]:
+
+
+def _conclude(worker, entries: list[Entry]) -> None:
+    """Write the chip's table, first as measured, then with what compiles clean."""
+    if worker.device.type != "cuda":
+        _write_chip(worker, entries, compiles_clean=True)  # interpreted kernels need not compile
         return
+    _write_chip(worker, entries)
+    facts = plan.device_facts(torch.empty(0, device=worker.device).device, plan.interpreting())
     sign = functools.partial(worker.at, "kernel health")
     sign()
     on = tiles.Chip(facts.num_sms, facts.capability, facts.hip)
     entries, rejected = clean(entries, on, worker.options.deadline, sign)
-    state["chips"] = [{**chip, "entries": [entry.as_dict() for entry in entries]}]
-    state["rejected"] += rejected
-    state["compiles_clean"] = True
-    worker.write()
+    worker.state["rejected"] += rejected
+    _write_chip(worker, entries, compiles_clean=True)
 
 
 def _ended(crash: dict, case: Case) -> bool:
