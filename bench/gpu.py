@@ -26,7 +26,8 @@ from pathlib import Path
 import gpu_state
 import torch
 from gpu_figures import figures
-from gpu_sections import sections, summary, terminal
+from gpu_grid import CHECK
+from gpu_sections import sections, summary, terminal, way_of
 from measure import environment
 from shapes import REGIMES
 
@@ -73,6 +74,8 @@ def check(device: torch.device, quick: bool, folder: Path, deadline: float) -> d
     for group in groups:
         file = _check_file(group, folder)
         found |= json.loads(file.read_text()) if file.exists() else {}
+        if crashes[group] == _MOST_CRASHES:  # whatever it was at: the rest of the regime is not checked
+            found[f"{CHECK} | {group[0]}"] = {"red": f"its process ended {_MOST_CRASHES} times"}
         file.unlink(missing_ok=True)
     return found
 
@@ -150,8 +153,19 @@ def run(options: argparse.Namespace) -> dict:
     return state
 
 
+def shortfall(state: dict, check_only: bool) -> str:
+    """Why a run without red is no success either; "" where it is one."""
+    if not state["correctness"]:
+        return "nothing was checked against float64"
+    if len(state["crashes"]) >= _MOST_CRASHES:
+        return f"the process that measures ended {_MOST_CRASHES} times and was not started again"
+    if not check_only and not state.get("entries") and not any(cell.get(way_of(cell)) for cell in state["cells"]):
+        return "nothing was measured"
+    return ""
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code is 1 where something is red, else 0."""
+    """The exit code is 1 where something is red, nothing was checked or measured, or the measuring was given up."""
     parser = argparse.ArgumentParser(description="Correctness, ceilings and the table of LoRA taxes on one GPU.")
     parser.add_argument("--quick", action="store_true", help="the same path small: shows that it runs, times nothing")
     parser.add_argument("--tune", action="store_true", help="instead of the table, measure forms and tiles")
@@ -170,7 +184,9 @@ def main(arguments: list[str] | None = None) -> int:
     options.output = options.output or _HERE / "results" / ("tuned.json" if options.tune else "gpu.json")
     state = run(options)
     print("\n".join(terminal(state, options.output.name)))
-    return 1 if any(verdict.get("red") for verdict in state["correctness"].values()) else 0
+    if why := shortfall(state, options.check_only):
+        print(f"failed: {why}")
+    return 1 if why or any(verdict.get("red") for verdict in state["correctness"].values()) else 0
 
 
 if __name__ == "__main__":

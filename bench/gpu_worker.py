@@ -15,7 +15,7 @@ from pathlib import Path
 
 import gpu_state
 import torch
-from gpu_grid import PIECES, STRATEGIES, add_providers, cells, in_time, penalty, plan_of
+from gpu_grid import CHECK, PIECES, STRATEGIES, add_providers, cells, in_time, penalty, plan_of
 from gpu_timing import Subject, ceilings, eager_rounds, graph_rounds, paired, spread
 from providers import PROVIDERS, available, check, make_inputs
 from shapes import Case
@@ -60,7 +60,8 @@ class Worker:
         verdicts = self.state["correctness"]
         own = verdicts.get(f"{name} | {case.regime}")
         if own is None:
-            return "not checked against float64 for want of time"
+            given_up = verdicts.get(f"{CHECK} | {case.regime}", {}).get("red", "for want of time")
+            return f"not checked against float64: {given_up}"
         plan = plan_of(case, self.device, STRATEGIES[name])
         used = [f"{piece} {getattr(plan, piece)}" for piece in PLAN_PIECES] if plan.strategy == "triton" else []
         for key in (name, *(piece for piece in used if piece in PIECES)):

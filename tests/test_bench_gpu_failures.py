@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -47,3 +48,35 @@ def test_what_was_tuned_before_a_crash_can_be_installed(bench, tmp_path, monkeyp
     assert tune.install(one.output, table, compile_here=True) == []
     (chip,) = tuned.read(table)
     assert [tuned.entry_of(fields) for fields in chip["entries"]] == [entry]
+
+
+def test_programs_that_cannot_start_are_no_success(bench, tmp_path, monkeypatch, capsys):
+    gpu = bench("gpu")
+    for name in ("gpu_check.py", "gpu_worker.py"):
+        (tmp_path / name).write_text("raise SystemExit(9)")
+    monkeypatch.setattr(gpu, "_HERE", tmp_path)
+    output = tmp_path / "out.json"
+    assert gpu.main(["--quick", "--device=cpu", f"--output={output}"]) == 1
+    state = json.loads(output.read_text())
+    assert state["correctness"] == {"the check | bf16-fp32": {"red": "its process ended 6 times"}}
+    shown = capsys.readouterr().out
+    assert "RED the check | bf16-fp32: its process ended 6 times" in shown
+    assert shown.endswith("failed: the process that measures ended 6 times and was not started again\n")
+    assert "| the check | bf16-fp32 | RED |" in "\n".join(bench("gpu_sections").correctness_lines(state, "out.json"))
+    case = bench("gpu_grid").cells(quick=True)[0]
+    judge = worker(bench, tmp_path, correctness=state["correctness"])
+    assert judge.why_not("ours", case) == "not checked against float64: its process ended 6 times"
+
+
+def test_what_was_neither_checked_nor_measured_is_no_success(bench):
+    shortfall = bench("gpu").shortfall
+    green, crash = {"ours | bf16": {"worst": 1.0, "cases": 1, "red": ""}}, {"at": "a cell", "error": "it ended"}
+    one, failed = {"id": "a", "graph": {"frozen": {"median": 1.0}}}, {"id": "b", "failed": "out of memory"}
+    state = {"correctness": green, "crashes": [crash] * 5, "cells": [failed, one]}
+    assert shortfall(state, check_only=False) == ""
+    assert shortfall(state | {"correctness": {}}, check_only=True) == "nothing was checked against float64"
+    assert shortfall(state | {"crashes": [crash] * 6}, check_only=False).startswith("the process that measures ended 6")
+    for cells in ([], [failed], [one | {"graph": {}}]):
+        assert shortfall(state | {"cells": cells}, check_only=False) == "nothing was measured"
+        assert shortfall(state | {"cells": cells}, check_only=True) == ""
+        assert shortfall(state | {"cells": cells, "entries": [{"piece": "shrink"}]}, check_only=False) == ""
