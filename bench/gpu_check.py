@@ -19,6 +19,7 @@ from gpu_grid import PIECES, STRATEGIES
 from shapes import REGIMES
 
 from fused_lora.accuracy import compare, random_case
+from fused_lora.plan import plan_for
 
 # (M, N, K, rank, p): ragged with an odd rank; few rows; a real layer's shape, twice; more ranks than one tile holds.
 _SHAPES = (
@@ -47,14 +48,15 @@ def examine(name: str, regime: str, device: torch.device, quick: bool) -> dict[s
     for M, N, K, rank, p in _QUICK_SHAPES if quick else _SHAPES:
         if needs_multiples(request) and (N % 8 or K % 8):
             continue
-        case = random_case(M, N, K, rank, dtypes.dtype, dtypes.adapter_dtype, p, device)
         at = f"M {M}, N {N}, K {K}, rank {rank}, p {p:g}"
         try:
-            errors = compare(case, request)
-        except (ValueError, TypeError) as error:
+            plan_for(M, N, K, rank, dtypes.dtype, dtypes.adapter_dtype, p > 0.0, device, request)
+        except ValueError as error:
             return {"refused": f"{error} ({at})"}
-        except Exception as error:  # whatever a kernel raises is what this program is for
-            return {"red": f"{type(error).__name__}: {str(error).splitlines()[0]} ({at})"}
+        try:
+            errors = compare(random_case(M, N, K, rank, dtypes.dtype, dtypes.adapter_dtype, p, device), request)
+        except Exception as error:  # whatever a kernel raises, a ValueError too, is what this program is for
+            return {"red": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]} ({at})"}
         cases += 1
         for result, e in errors.items():
             worst = max(worst, e.ours_max / max(e.plain_max, 1e-30), e.ours_rms / max(e.plain_rms, 1e-30))

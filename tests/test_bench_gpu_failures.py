@@ -9,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fused_lora import tuned
 
@@ -80,3 +81,24 @@ def test_what_was_neither_checked_nor_measured_is_no_success(bench):
         assert shortfall(state | {"cells": cells}, check_only=False) == "nothing was measured"
         assert shortfall(state | {"cells": cells}, check_only=True) == ""
         assert shortfall(state | {"cells": cells, "entries": [{"piece": "shrink"}]}, check_only=False) == ""
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("Pointer argument (at 0) cannot be accessed"), TypeError("int64"), KeyError()]
+)
+@pytest.mark.parametrize("name", ["shrink triton", "ours-beta1"])
+def test_whatever_a_launch_raises_is_red(bench, monkeypatch, name, error):
+    from fused_lora.kernels import skinny
+
+    def launch(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(type(skinny._shrink_kernel), "run", launch)
+    verdict = bench("gpu_check").examine(name, "bf16", torch.device("cpu"), quick=True)
+    assert verdict == {"red": f"{type(error).__name__}: {error} (M 21, N 40, K 48, rank 5, p 0.1)"}
+
+
+def test_what_the_plan_refuses_is_not_red(bench):
+    verdict = bench("gpu_check").examine("ours-descriptor", "fp32", torch.device("cpu"), quick=True)
+    assert verdict.keys() == {"refused"}
+    assert verdict["refused"].endswith("(M 21, N 40, K 48, rank 5, p 0.1)")
