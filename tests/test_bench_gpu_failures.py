@@ -98,6 +98,19 @@ def test_whatever_a_launch_raises_is_red(bench, monkeypatch, name, error):
     assert verdict == {"red": f"{type(error).__name__}: {error} (M 21, N 40, K 48, rank 5, p 0.1)"}
 
 
+def test_da_and_db_are_checked_over_the_rows_of_a_training_step(bench):
+    check, many, gpu, cpu = bench("gpu_check"), (8192, 4096, 4096, 16, 0.1), torch.device("cuda"), torch.device("cpu")
+    names = [*bench("gpu_grid").STRATEGIES, *bench("gpu_grid").PIECES]
+    assert {*check._SUMS} <= {*names}
+    at = {
+        (name, regime) for name in names for regime in check.REGIMES if many in check.cases_of(name, regime, gpu, False)
+    }
+    assert {
+        (name, regime) for name in ("ours", "grad_a triton", "grad_b triton") for regime in ("bf16", "bf16-fp32")
+    } <= at
+    assert not any(many in check.cases_of("ours", "bf16", *rest) for rest in ((gpu, True), (cpu, True), (cpu, False)))
+
+
 def test_what_the_plan_refuses_is_not_red(bench):
     verdict = bench("gpu_check").examine("ours-descriptor", "fp32", torch.device("cpu"), quick=True)
     assert verdict.keys() == {"refused"}
