@@ -77,9 +77,9 @@ class Worker:
             try:
                 torch.cuda.synchronize()
                 torch.ones(8, device=self.device).sum().item()
+                torch.cuda.empty_cache()  # raises where the allocator is left in the middle of a capture that failed
             except Exception:
                 os._exit(3)  # the device is lost, and tearing down what is on it may hang
-            torch.cuda.empty_cache()
         return text
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,3 +116,34 @@ def test_what_the_plan_refuses_is_not_red(bench):
     verdict = bench("gpu_check").examine("ours-descriptor", "fp32", torch.device("cpu"), quick=True)
     assert verdict.keys() == {"refused"}
     assert verdict["refused"].endswith("(M 21, N 40, K 48, rank 5, p 0.1)")
+
+
+class Exited(BaseException):
+    """In place of ``os._exit``, which no ``except Exception`` sees either."""
+
+
+@pytest.mark.parametrize("fails", ["synchronize", "empty_cache"])
+def test_a_device_that_is_lost_ends_the_process_in_the_name_of_its_provider(bench, tmp_path, monkeypatch, fails):
+    module, one, case = bench("gpu_worker"), worker(bench, tmp_path), bench("gpu_grid").cells(quick=True)[0]
+    one.device = SimpleNamespace(type="cuda", index=0)
+
+    def raises():
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    def ended(code):
+        raise Exited(code)
+
+    def capture(*arguments):
+        one.lost(f"{case.id} | peft", RuntimeError("operation not permitted when stream is capturing\nmore"))
+
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, raises if name == fails else lambda: None)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda size, device: ones(size))
+    monkeypatch.setattr(module.os, "_exit", ended)
+    monkeypatch.setattr(module, "measure_cell", capture)
+    with pytest.raises(Exited, match="3"):
+        module.table(one)
+    at, _, error = one.output.with_suffix(".attempt").read_text().partition("\n")
+    assert (at, error) == (f"{case.id} | peft", "RuntimeError: operation not permitted when stream is capturing")
+    assert not module._of_all({"at": at})
