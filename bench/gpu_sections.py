@@ -147,6 +147,11 @@ def sections(content: dict, name: str) -> list[str]:
             f"Ceilings in the same run: copy {copy:.2f} TB/s (read + written), bf16 product {product:.0f} TFLOP/s."
         ]
         lines += [""]
+        if not content.get("events_inside_graphs", True):
+            lines += [
+                "Graphs were timed by events around their replay: what draws dropout pays for two more kernels.",
+                "",
+            ]
         lines += _layer_lines(content, name) + _cell_lines(content, name) + _memory_lines(content, name)
     lines += correctness_lines(content, name)
     lines += [f"* crashed: {crash['at']}: {crash['error']}" for crash in content["crashes"]]

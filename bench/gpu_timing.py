@@ -1,6 +1,6 @@
 """How ``gpu.py`` times: providers in turns, the L2 cache flushed, as CUDA graphs (no launches) and eagerly (launches).
 
-    graph   one pass captured once and replayed; the time between two events around the replay
+    graph   one pass captured once and replayed; the time between two events in the graph (``Captured``)
     eager   one pass as a training loop calls it, from an idle device to an idle device, by the host's clock
 
 Both say what a layer costs: ``graph`` what the GPU does, ``eager`` what the host adds where there are few rows. On a
@@ -24,6 +24,8 @@ from torch import nn
 
 _WARM_UP = 2
 _FEWEST, _MOST = 7, 31  # rounds
+_HEAD_START = 3  # flushes that keep the GPU busy while the host enqueues the first launch of a round
+Marks = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -49,7 +51,7 @@ class Subject:
     def __init__(self, layer: nn.Module, inputs: Inputs, mode: str):
         self.layer, self.inputs = layer, inputs
         self.run = Pass(layer, inputs, mode)
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: Captured | None = None
         self.peak_bytes: int | None = None
         compiled = hasattr(layer, "_orig_mod")  # by torch.compile: a hook on what it saves would change its graph
         self.kept_bytes = None if compiled else kept_bytes(layer, inputs.x)
@@ -88,21 +90,63 @@ class Subject:
         self.graph = captured(self._body, pool)
 
 
-def captured(call: Callable[[], object], pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
-    """The graph of a call that has run before. Not ``torch.cuda.graph``: it collects garbage, which takes longer."""
+class Captured:
+    """The graph of a call, which a call of this replays; ``marks``: its first and last node, two events.
+
+    Where a graph draws random numbers, torch puts two small kernels before every replay that hand it seed and offset.
+    They are none of the layer's, and only what draws pays for them: events around the replay would count them in.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, marks: Marks | None):
+        self.graph, self.marks = graph, marks
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def _events(**options: bool) -> Marks:
+    return tuple(torch.cuda.Event(enable_timing=True, **options) for _ in range(2))
+
+
+@functools.cache
+def marked_inside() -> bool:
+    """Whether events in a graph can be read here: asked once, of a graph that clears a buffer."""
+    if torch.version.hip is not None:
+        return False  # HIP records none in graphs
+    try:
+        marks = _events(external=True)
+        probe = _captured(_flush_buffer(_device()).zero_, torch.cuda.graph_pool_handle(), marks)
+        probe()
+        torch.cuda.synchronize()
+        return marks[0].elapsed_time(marks[1]) > 0.0
+    except (TypeError, ValueError, RuntimeError):  # then they are recorded around the replay, and the JSON says so
+        return False
+
+
+def captured(call: Callable[[], object], pool: tuple[int, int]) -> Captured:
+    """The graph of a call that has run before, between two events where they can be read."""
+    return _captured(call, pool, _events(external=True) if marked_inside() else None)
+
+
+def _captured(call: Callable[[], object], pool: tuple[int, int], marks: Marks | None) -> Captured:
+    """Not by ``torch.cuda.graph``: it collects garbage, which takes longer."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.stream(_capture_stream()), _no_collection():
         graph.capture_begin(pool=pool)
         try:
+            if marks:
+                marks[0].record()
             call()
+            if marks:
+                marks[1].record()
         except Exception:
             with contextlib.suppress(Exception):  # the capture is spoilt; what spoilt it is the error to report
                 graph.capture_end()
             raise
         graph.capture_end()
     torch.cuda.synchronize()
-    return graph
+    return Captured(graph, marks)
 
 
 @contextlib.contextmanager
@@ -117,45 +161,67 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 @functools.cache
 def _capture_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
 def graph_rounds(subjects: dict[str, Subject], seconds: float) -> dict[str, list[float]]:
-    """Seconds of every provider and round; all queued ahead of the GPU, so no host time is in them."""
-    graphs = {name: subject.graph for name, subject in subjects.items() if subject.graph is not None}
-    return launch_rounds({name: graph.replay for name, graph in graphs.items()}, seconds)
+    """Seconds of every provider and round; queued ahead of the GPU, so no host time is in them."""
+    return launch_rounds({n: subject.graph for n, subject in subjects.items() if subject.graph is not None}, seconds)
+
+
+def _marks_of(launch: Callable[[], object]) -> Marks | None:
+    return getattr(launch, "marks", None)
+
+
+def _one_round(launches: dict[str, Callable[[], object]], names: list[str], flush: torch.Tensor) -> dict[str, Marks]:
+    """Enqueue every launch once, each behind a flush; its events by name, a graph's own where it has some."""
+    found = {}
+    for name in names:
+        flush.amax()  # read, not written: lines that are yet to be written back would be charged to the provider
+        if own := _marks_of(launches[name]):
+            launches[name]()
+        else:
+            around = _events()
+            around[0].record()
+            launches[name]()
+            around[1].record()
+        found[name] = own or around
+    return found
 
 
 def launch_rounds(launches: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
     """As :func:`graph_rounds`, for anything that only enqueues work: one untimed round, then rounds in random order."""
-    flush = _flush_buffer(torch.device("cuda", torch.cuda.current_device())).view(torch.int32)
-    shuffle = random.Random(0).shuffle
+    flush = _flush_buffer(_device()).view(torch.int32)
+    shuffle, names, own = random.Random(0).shuffle, list(launches), any(map(_marks_of, launches.values()))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    waiting: list[dict[str, Marks]] = []
 
-    def one_round(names: list[str]) -> dict[str, tuple[torch.cuda.Event, torch.cuda.Event]]:
-        events = {}
-        for name in names:
-            flush.amax()  # read, not written: lines that are yet to be written back would be charged to the provider
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            launches[name]()
-            end.record()
-            events[name] = (start, end)
-        return events
+    def read() -> None:
+        torch.cuda.synchronize()
+        for name, (start, end) in ((name, pair) for marks in waiting for name, pair in marks.items()):
+            times[name].append(start.elapsed_time(end) * 1e-3)
+        waiting.clear()
 
-    names = list(launches)
-    one_round(names)
+    _one_round(launches, names, flush)
     torch.cuda.synchronize()
     before = perf_counter()
-    one_round(names)
+    _one_round(launches, names, flush)
     torch.cuda.synchronize()
-    marks = []
     for _ in range(rounds_for(perf_counter() - before, seconds)):
         shuffle(names)
-        marks.append(one_round(names))
-    torch.cuda.synchronize()
-    return {name: [m[name][0].elapsed_time(m[name][1]) * 1e-3 for m in marks] for name in launches}
+        if own:  # the next replay of a graph writes over the times of this one
+            read()
+            for _ in range(_HEAD_START):
+                flush.amax()
+        waiting.append(_one_round(launches, names, flush))
+    read()
+    return times
 
 
 def eager_rounds(subjects: dict[str, Subject], seconds: float) -> dict[str, list[float]]:

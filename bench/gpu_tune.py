@@ -128,7 +128,7 @@ def seconds_of(calls: dict[str, Callable[[], object]], device: torch.device, qui
     replays = {}
     pool = torch.cuda.graph_pool_handle()
     for name, call in calls.items():
-        replays[name] = captured(call, pool).replay
+        replays[name] = captured(call, pool)
     return {name: median(times) for name, times in launch_rounds(replays, 0.02 if quick else _SECONDS).items()}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import gpu_state
 import torch
 from gpu_grid import CHECK, PIECES, STRATEGIES, add_providers, cells, in_time, penalty, plan_of
-from gpu_timing import Subject, ceilings, eager_rounds, graph_rounds, paired, spread
+from gpu_timing import Subject, ceilings, eager_rounds, graph_rounds, marked_inside, paired, spread
 from providers import PROVIDERS, available, check, make_inputs
 from shapes import Case
 
@@ -201,6 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     if worker.state["ceilings"] is None:
         worker.at("ceilings")
         worker.state["ceilings"] = ceilings(worker.device, worker.options.quick)
+        worker.state["events_inside_graphs"] = worker.device.type == "cuda" and marked_inside()
         worker.write()
     if worker.options.tune:
         import gpu_tune

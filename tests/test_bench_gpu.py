@@ -262,6 +262,10 @@ def test_sections_are_rendered_from_the_json_alone(bench):
     failed = content | {"cells": [*content["cells"], {**content["cells"][0], "id": "lost", "failed": "out of memory"}]}
     assert "* no figures for lost: out of memory" in bench("gpu").sections(failed, "x.json")
     assert f"| {case['id']} | 1.0000 |" in text
+    around = bench("gpu").sections(content | {"events_inside_graphs": False}, "x.json")
+    assert [line for line in around if line not in rendered] == [
+        "Graphs were timed by events around their replay: what draws dropout pays for two more kernels."
+    ]
 
 
 def test_the_line_and_the_plots_of_the_report(bench, tmp_path):
@@ -344,7 +348,7 @@ def fake_cuda(bench, monkeypatch):
     for name, value in {"Event": FakeEvent, **calls}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     for module in (timing, tune):
-        monkeypatch.setattr(module, "captured", lambda call, pool: SimpleNamespace(replay=call))
+        monkeypatch.setattr(module, "captured", lambda call, pool: call)
     return flushed
 
 
