@@ -19,6 +19,7 @@ the error of ours is at most twice that of PEFT as it is. A way that breaks it i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import importlib.metadata
@@ -26,7 +27,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -34,18 +35,20 @@ from typing import Any
 import gpu_state
 import torch
 from gpu_timing import paired, rounds_for, spread
-from markdown import table
 from measure import environment
+from model_sections import sections, summary
 from torch import Tensor, nn
 
 from fused_lora.accuracy import FACTOR
 
 KIND = "fused-lora model step"
 WAYS = ("frozen", "peft", "patched", "apply_lora", "full")
+OURS = ("patched", "apply_lora")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA = 16, 32
 _LR = 1e-6  # so small that the rounds do not change what is measured
 _CHECKED_TOKENS = 256
+__all__ = ["KIND", "main", "sections", "summary"]
 
 
 def llama(tiny: bool, device: torch.device) -> nn.Module:
@@ -202,18 +205,30 @@ def disagreement(ours: dict[str, float], theirs: dict[str, float]) -> str:
     return ""
 
 
+@contextlib.contextmanager
+def leaving_out(name: str, left_out: dict[str, str]) -> Iterator[None]:
+    """Inside, what a way raises goes into ``left_out`` and no further.
+
+    PEFT may not be installed, memory may not suffice, a launch may fail: the rest is still worth timing.
+    """
+    try:
+        yield
+        return
+    except Exception as error:
+        left_out[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    with contextlib.suppress(RuntimeError):  # where the device is lost
+        torch.cuda.empty_cache()
+
+
 def build(
     base: nn.Module, ids: Tensor, dropout: float, left_out: dict[str, str], wanted: tuple[str, ...] = WAYS
 ) -> dict[str, Way]:
     """The ways that can be built; why the others cannot goes into ``left_out``."""
     ways = {}
     for name in wanted:
-        if name in left_out:
-            continue
-        try:
-            ways[name] = Way(name, base, ids, dropout)
-        except Exception as error:  # PEFT may not be installed, memory may not suffice: the rest is still worth timing
-            left_out[name] = f"{type(error).__name__}: {error}"
+        if name not in left_out:
+            with leaving_out(name, left_out):
+                ways[name] = Way(name, base, ids, dropout)
     return ways
 
 
@@ -221,13 +236,17 @@ def agree(base: nn.Module, ids: Tensor, left_out: dict[str, str]) -> dict[str, d
     """Errors of one step at dropout 0, per way; a way that breaks the rule goes into ``left_out``."""
     few = ids[:1, :_CHECKED_TOKENS]
     ways = build(base, few, 0.0, left_out, ("peft", "patched", "apply_lora"))
-    if "peft" not in ways:
-        return {}
-    wide = copy.deepcopy(base).to(torch.float64 if base.dtype == torch.float32 else torch.float32)
-    truth = Way("peft", wide, few, 0.0).outcome()
-    found = {name: errors(way.outcome(), truth) for name, way in ways.items()}
-    for name in found:
-        if name != "peft" and (why := disagreement(found[name], found["peft"])):
+    found: dict[str, dict[str, float]] = {}
+    if "peft" in ways:
+        with leaving_out("the check", left_out):
+            wide = copy.deepcopy(base).to(torch.float64 if base.dtype == torch.float32 else torch.float32)
+            truth = Way("peft", wide, few, 0.0).outcome()
+            for name, way in ways.items():
+                with leaving_out(name, left_out):
+                    found[name] = errors(way.outcome(), truth)
+    for name in [name for name in OURS if name not in left_out]:
+        compared = "peft" in found and name in found
+        if why := disagreement(found[name], found["peft"]) if compared else "there is no result of PEFT beside it":
             left_out[name] = f"it is not timed: {why}"
     return found
 
@@ -235,26 +254,24 @@ def agree(base: nn.Module, ids: Tensor, left_out: dict[str, str]) -> dict[str, d
 def measure(ways: dict[str, Way], seconds: float, tokens: int, left_out: dict[str, str]) -> dict[str, object]:
     """Rounds in which every way takes one step; seconds, ratios within a round, memory."""
     first, peaks = {}, {}
-    for name in list(ways):
-        try:
-            ways[name].step()
-            peaks[name] = ways[name].peak()
-            first[name] = ways[name].seconds()
-        except torch.OutOfMemoryError as error:
-            left_out[name] = str(error).splitlines()[0]
-            del ways[name]
-            torch.cuda.empty_cache()
-    shuffle, names = random.Random(0).shuffle, list(ways)
+    for name, way in ways.items():
+        with leaving_out(name, left_out):
+            way.step()
+            peaks[name] = way.peak()
+            first[name] = way.seconds()
+    shuffle, names = random.Random(0).shuffle, list(first)
     times: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     gc.disable()  # a collection in the middle of a step would be timed
     try:
         for _ in range(rounds_for(sum(first.values()), seconds)):
             shuffle(names)
-            for name in names:
-                times[name].append(ways[name].seconds())
+            for name in [name for name in names if name not in left_out]:
+                with leaving_out(name, left_out):
+                    times[name].append(ways[name].seconds())
     finally:
         gc.enable()
+    times = {name: values for name, values in times.items() if name not in left_out}
     against = {
         f"vs_{other}": {name: paired(times, name, other) for name in times if name != other}
         for other in ("frozen", "peft")
@@ -262,9 +279,10 @@ def measure(ways: dict[str, Way], seconds: float, tokens: int, left_out: dict[st
     }
     took = {name: spread(values) for name, values in times.items()}
     speed = {name: round(tokens / value["median"], 1) for name, value in took.items()}
-    static = {name: way.static_bytes() for name, way in ways.items()}
+    static = {name: ways[name].static_bytes() for name in times}
     return {
-        "seconds": took, "tokens_per_second": speed, **against, "peak_bytes": peaks, "static_bytes": static,
+        "seconds": took, "tokens_per_second": speed, **against, "peak_bytes": {n: peaks[n] for n in times},
+        "static_bytes": static,
     }  # fmt: skip
 
 
@@ -280,7 +298,9 @@ def run(options: argparse.Namespace) -> dict:
     state |= {"batch": shape[0], "length": shape[1]}
     state |= {"model": "Llama, tiny" if tiny else "Llama, the dimensions of Llama-3.2-1B", "rank": RANK}
     state |= {"dtype": str(base.dtype).removeprefix("torch."), "left_out": {}, "checked": {}, "cells": []}
+    gpu_state.write(options.output, state)
     state["checked"] = agree(base, ids, state["left_out"])
+    gpu_state.write(options.output, state)
     seconds = 0.02 if options.quick else options.seconds / 6
     for dropout in (0.0, 0.05):
         ways = build(base, ids, dropout, state["left_out"])
@@ -291,7 +311,7 @@ def run(options: argparse.Namespace) -> dict:
             for way in ways.values():
                 way.checkpointing(checkpointing)
             left_out: dict[str, str] = {}
-            cell = measure(dict(ways), seconds, ids.numel(), left_out)
+            cell = measure(ways, seconds, ids.numel(), left_out)
             state["cells"].append({"dropout": dropout, "checkpointing": checkpointing, **cell, "left_out": left_out})
             gpu_state.write(options.output, state)
             print(describe(state["cells"][-1]), file=sys.stderr, flush=True)
@@ -307,65 +327,17 @@ def describe(cell: dict) -> str:
     return f"{how}: time / frozen: {taxes}"
 
 
-def sections(content: dict, name: str) -> list[str]:
-    """Markdown of one JSON; ``name`` is its file's."""
-    if content["quick"]:
-        return [f"{name} is of a --quick run: it shows that the benchmark runs, its times mean nothing."]
-    lines = [
-        f"{content['model']}, {content['dtype']}, {content['batch']} x {content['length']} tokens, LoRA rank "
-        f"{content['rank']} on all seven linears, float32 adapters.",
-        "",
-    ]
-    for cell in content["cells"]:
-        how = f"dropout {cell['dropout']:g}, gradient checkpointing {'on' if cell['checkpointing'] else 'off'}"
-        rows = [
-            [
-                way,
-                f"{value['median'] * 1e3:.2f} ({value['q1'] * 1e3:.2f} to {value['q3'] * 1e3:.2f})",
-                f"{cell['tokens_per_second'][way]:,.0f}",
-                _ratio(cell, "vs_frozen", way),
-                _ratio(cell, "vs_peft", way),
-                _mib(cell["peak_bytes"].get(way)),
-                _mib(cell["static_bytes"].get(way)),
-            ]
-            for way, value in cell["seconds"].items()
-        ]
-        header = ["way", "ms per step", "tokens / s", "/ frozen", "/ PEFT", "peak MiB", "weights + moments MiB"]
-        lines += [f"### A training step, {how}, from {name}", *table(header, rows)]
-        lines += [f"* left out: {way}: {why}" for way, why in cell["left_out"].items()]
-    lines += _checked(content.get("checked", {}), name)
-    return [*lines, *(f"* left out: {way}: {why}" for way, why in content["left_out"].items())]
+def shortfall(state: dict) -> str:
+    """Why a finished run is no success; "" where it is one."""
+    timed = [cell["seconds"].keys() for cell in state["cells"]]
+    if not any(timed):
+        return "nothing was timed"
+    missing = [name for name in OURS if not all(name in names for names in timed)]
+    return f"left out: {', '.join(missing)}" if missing else ""
 
 
-def _checked(checked: dict, name: str) -> list[str]:
-    """What was compared before anything was timed."""
-    rows = [
-        [way, f"{found['loss']:.5f}", f"{found['logits']:.1e}", f"{found['gradients']:.1e}"]
-        for way, found in checked.items()
-    ]
-    header = ["way", "loss", "error of the logits", "error of the adapters' gradients"]
-    title = f"### One step against PEFT in a wider dtype: RMS errors, ours at most twice PEFT's, from {name}"
-    return [title, *table(header, rows)] if rows else []
-
-
-def summary(content: dict, name: str) -> tuple[str, str]:
-    """(what was measured, the result) in a line each: ours against PEFT, over all cells."""
-    ratios = [cell["vs_peft"][way]["median"] for cell in content["cells"] for way in ("patched", "apply_lora")
-              if way in cell.get("vs_peft", {})]  # fmt: skip
-    result = f"time / PEFT {min(ratios):.3f} to {max(ratios):.3f}" if ratios else "ours or PEFT was left out"
-    return f"a training step, {content['model']}", result
-
-
-def _ratio(cell: dict, kind: str, way: str) -> str:
-    ratio = cell.get(kind, {}).get(way)
-    return f"{ratio['median']:.3f}" if ratio else "-"
-
-
-def _mib(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**20:,.0f}"
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code is 1 where nothing was timed or a way of ours was left out of a cell."""
     parser = argparse.ArgumentParser(description="Training steps of a Llama with LoRA on every linear layer.")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds: shows that it runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -380,7 +352,10 @@ def main(arguments: list[str] | None = None) -> None:
     for name, reason in state["left_out"].items():
         print(f"left out: {name}: {reason}", file=sys.stderr)
     print(f"wrote {options.output}", file=sys.stderr)
+    if why := shortfall(state):
+        print(f"failed: {why}")
+    return 1 if why else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -104,3 +104,90 @@ def test_sections_and_summary(step):
     assert "| patched | 900.00 (800.00 to 1000.00) | 8,192 | - | 0.900 | 1,024 | 2,048 |" in text
     assert "* left out: full: memory" in text
     assert step.summary(content, "s.json")[1] == "time / PEFT 0.900 to 0.900"
+
+
+def failing(step, monkeypatch, method: str, name: str):
+    """Every call of a method of one way raises, as a launch does that fails."""
+    original = getattr(step.Way, method)
+
+    def call(self):
+        if self.name == name:
+            raise RuntimeError("an illegal memory access\nat this line")
+        return original(self)
+
+    init = step.Way.__init__
+
+    def named(self, name, *arguments):
+        self.name = name
+        init(self, name, *arguments)
+
+    monkeypatch.setattr(step.Way, "__init__", named)
+    monkeypatch.setattr(step.Way, method, call)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+@pytest.mark.parametrize("method", ["outcome", "step", "seconds"])
+def test_a_way_that_raises_costs_no_other_its_figures(step, tmp_path, monkeypatch, capsys, method):
+    out = tmp_path / "step.json"
+    failing(step, monkeypatch, method, "patched")
+    assert step.main(["--quick", "--device=cpu", f"--output={out}"]) == 1
+    content = json.loads(out.read_text())
+    why = {"patched": "RuntimeError: an illegal memory access"}
+    assert content["left_out"] == (why if method == "outcome" else {})
+    assert content["checked"].keys() == {"peft", "apply_lora"} | ({"patched"} if method != "outcome" else set())
+    assert len(content["cells"]) == 4
+    for cell in content["cells"]:
+        assert cell["left_out"] == ({} if method == "outcome" else why)
+        assert cell["seconds"].keys() == cell["static_bytes"].keys() == cell["peak_bytes"].keys() == WAYS - {"patched"}
+        assert cell["vs_peft"].keys() == WAYS - {"patched", "peft"}
+    assert capsys.readouterr().out.endswith("failed: left out: patched\n")
+
+
+def test_a_way_that_raises_in_the_middle_of_its_rounds(step):
+    class Fake:
+        def __init__(self, good: int):
+            self.left = good
+
+        def step(self):
+            pass
+
+        def peak(self):
+            return 5
+
+        def static_bytes(self):
+            return 7
+
+        def seconds(self):
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("an illegal memory access")
+            return 1e-3
+
+    left_out: dict[str, str] = {}
+    cell = step.measure({"frozen": Fake(99), "peft": Fake(99), "patched": Fake(3)}, 1.0, 10, left_out)
+    assert left_out == {"patched": "RuntimeError: an illegal memory access"}
+    assert cell["seconds"].keys() == cell["peak_bytes"].keys() == cell["static_bytes"].keys() == {"frozen", "peft"}
+    assert cell["vs_peft"].keys() == {"frozen"}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+def test_without_a_result_of_peft_ours_is_not_timed(step, monkeypatch):
+    failing(step, monkeypatch, "outcome", "peft")
+    left_out: dict[str, str] = {}
+    assert step.agree(step.llama(True, torch.device("cpu")), torch.arange(48).reshape(2, 24), left_out) == {}
+    unjudged = "it is not timed: there is no result of PEFT beside it"
+    assert left_out == {
+        "the check": "RuntimeError: an illegal memory access", "patched": unjudged, "apply_lora": unjudged,
+    }  # fmt: skip
+
+
+def test_there_is_a_file_before_anything_is_checked(step, tmp_path, monkeypatch):
+    def ended(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, "agree", ended)
+    out = tmp_path / "step.json"
+    with pytest.raises(KeyboardInterrupt):
+        step.main(["--quick", "--device=cpu", f"--output={out}"])
+    assert json.loads(out.read_text())["cells"] == []
+    assert step.shortfall({"cells": []}) == step.shortfall({"cells": [{"seconds": {}}]}) == "nothing was timed"
