@@ -9,8 +9,24 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch import Tensor
+
 from .dropout import keep_mask, keep_scale
 from .vendor import acc_dtype
+
+
+def transformed() -> bool:
+    """Whether a functorch transform or forward-mode AD is active: they differentiate the formula itself."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def expressions_wanted(dy: Tensor) -> bool:
+    """Whether the gradients of a backward have to be made of expressions that can be differentiated, or mapped.
+
+    create_graph; many gradients at once (``is_grads_batched``), on which no work may be in place; a transform.
+    """
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy) or transformed()
 
 
 def differentiable_backward(

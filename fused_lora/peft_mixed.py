@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import pieces
+from .derivatives import expressions_wanted
 from .peft_several import add_lowrank
 from .plan import Plan, plan_for
 from .rank_products import add_product
@@ -142,7 +143,7 @@ class FusedMixedLinear(torch.autograd.Function):
         count = 3 * len(ctx.constants.spans)
         factors, kept, needs = rest[:count], rest[count:], ctx.needs_input_grad
         with torch.autocast(dy.device.type, enabled=False):
-            if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
+            if expressions_wanted(dy):
                 return _differentiable(dy, (x, weight, bias, order, None, *factors), needs, ctx.constants)
             return _gradients(dy, x, weight, bias, order, factors, kept, needs, ctx.constants)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import pieces
+from .derivatives import expressions_wanted
 from .dropout import keep_mask, keep_scale
 from .plan import Plan, plan_for
 from .vendor import acc_dtype
@@ -69,7 +70,7 @@ class FusedSeveralLinear(torch.autograd.Function):
         x, weight, bias, b, lora_bias, s, *factors = ctx.saved_tensors
         needs = ctx.needs_input_grad
         with torch.autocast(dy.device.type, enabled=False):
-            if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
+            if expressions_wanted(dy):
                 inputs = (x, weight, bias, b, lora_bias, None, *factors)
                 return _differentiable(dy, inputs, needs, ctx.constants)
             return _gradients(dy, x, weight, bias, b, s, factors, needs, ctx.constants)

@@ -381,3 +381,36 @@ def test_a_second_backward_over_a_retained_graph_gives_the_same():
     first = torch.autograd.grad(y.sum(), tensors, retain_graph=True)
     for ours, expected in zip(torch.autograd.grad(y.sum(), tensors), first, strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("regime", ["float32", "bfloat16+float32"])
+def test_a_transform_around_the_backward_alone(regime, p):
+    """The forward ran before: forward-over-reverse, and one vmap over many gradients of the same graph."""
+    case = Case((300,), N=48, K=64, R=4, regime=regime)  # no longer tiny
+    inputs = make_inputs(case)
+    dy, wanted = inputs.pop("dy"), ("x", "lora_a", "lora_b")
+    tensors = [inputs[name].requires_grad_() for name in wanted]
+    y = lora_linear(**inputs, scale=0.5, dropout_p=p, seed=7)
+    other = torch.randn_like(dy)
+    plain = torch.autograd.grad(y, tensors, other, retain_graph=True)
+    with forward_ad.dual_level():
+        duals = torch.autograd.grad(y, tensors, forward_ad.make_dual(dy, other), retain_graph=True)
+        tangents = [forward_ad.unpack_dual(grad).tangent for grad in duals]
+    mapped = torch.vmap(lambda v: torch.autograd.grad(y, tensors, v, retain_graph=True))(torch.stack([dy, other]))
+    for one, tangent, many in zip(plain, tangents, mapped, strict=True):
+        rounding = (2e-2 if one.dtype == torch.bfloat16 else 1e-5) * one.abs().max()
+        assert (tangent - one).abs().max() <= rounding
+        assert (many[1] - one).abs().max() <= rounding
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_weight_made_in_inference_mode_is_not_saved_where_no_dx_is_wanted(p, autocast):
+    inputs = leaves(("lora_a", "lora_b"), regime="float32")
+    with torch.inference_mode():
+        inputs["weight"] = inputs["weight"].clone()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = lora_linear(**inputs, dropout_p=p)
+    y.float().sum().backward()
+    assert inputs["lora_a"].grad is not None

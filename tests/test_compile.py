@@ -3,6 +3,7 @@
 x (*lead, K)   weight (N, K)   lora_a (R, K)   lora_b (N, R)   bias, lora_bias (N,)   y, dy (*lead, N)
 """
 
+import functools
 import itertools
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from accuracy import GRADIENTS, REGIMES, STRATEGIES, Case, make_inputs
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.utils.checkpoint import checkpoint
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fused_lora
-from fused_lora import lora_linear
+from fused_lora import lora_linear, reference
 
 N, K, R = 13, 11, 3
 
@@ -223,7 +225,7 @@ def test_fake_tensors_have_the_real_shapes_dtypes_and_strides():
             assert (ours.shape, ours.dtype, ours.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
-OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def op_arguments(regime, p, strategy, lead=(2, 5), scale_tensor=None):
@@ -237,7 +239,8 @@ def op_arguments(regime, p, strategy, lead=(2, 5), scale_tensor=None):
     forward = (x, weight, bias, a, b, lora_bias, 1.5, scale_tensor, seed, p, output, strategy)
     s = torch.ops.fused_lora.linear_forward(*forward)[1]
     dtypes = (x.dtype, a.dtype, bias.dtype)
-    backward = (dy, x, weight, a, b, s, 1.5, scale_tensor, seed, p, *dtypes, K, R)
+    recast = x.dtype != output or weight.dtype != output
+    backward = (dy, x, weight, a, b, s, 1.5, scale_tensor, seed, p, *dtypes, K, R, recast)
     return forward, backward
 
 
@@ -290,3 +293,75 @@ def test_set_scale_between_forward_and_backward():
     layer.set_scale(0.1)
     (grad,) = torch.autograd.grad(y.sum(), layer.lora_a)
     torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("regime", ["float32", "bfloat16+float32"])
+def test_opcheck_with_gradients(regime, p):
+    """The ops' own derivatives, which exported graphs and double backward through a compiled graph use."""
+    forward, backward = op_arguments(regime, p, None)
+    forward = tuple(leaf(t) if n in (0, 2, 3, 4, 5) else t for n, t in enumerate(forward))
+    torch.library.opcheck(torch.ops.fused_lora.linear_forward.default, forward, test_utils=OPCHECKS)
+    backward = tuple(leaf(t) if n in (0, 1, 3, 4) else t for n, t in enumerate(backward))
+    arguments = (*backward, [True] * 5, None)
+    torch.library.opcheck(torch.ops.fused_lora.linear_backward.default, arguments, test_utils=OPCHECKS)
+
+
+def leaf(t):
+    return t.detach().clone().requires_grad_()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_model_can_be_trained(strict):
+    layer = fused_lora.LoRALinear(16, 12, r=3, init_lora_weights=False)
+    model, x = torch.nn.Sequential(layer, torch.nn.Linear(12, 5)), torch.randn(4, 16)
+    exported = torch.export.export(model, (x,), strict=strict).module()
+    exported(x).square().sum().backward()
+    ours = {name: p.grad for name, p in exported.named_parameters()}
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (ours[name] is None) == (parameter.grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(ours[name], parameter.grad)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_double_backward_through_a_graph_that_autograd_sees(p):
+    """``backend="eager"`` runs the ops under autograd: none of the second derivatives may be lost."""
+    x, weight, a, b = torch.randn(5, 16), torch.randn(12, 16), torch.randn(3, 16), torch.randn(12, 3)
+    tensors = [leaf(t) for t in (x, a, b)]
+
+    def second(operator, wrap):
+        y = wrap(lambda x: operator(x, weight, *tensors[1:], 0.5, dropout_p=p, seed=7).tanh())(tensors[0])
+        grads = torch.autograd.grad(y.sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), tensors)
+
+    expected = second(reference.lora_linear, lambda function: function)
+    ours = second(lora_linear, lambda function: torch.compile(function, fullgraph=True, backend="eager"))
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_selective_checkpointing_sees_one_operation(p):
+    layer = fused_lora.LoRALinear(16, 12, r=3, lora_dropout=p, init_lora_weights=False)
+    x, products = torch.randn(5, 16), [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+
+    def gradients(kept):
+        torch.manual_seed(3)
+        contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+        y = checkpoint(lambda x: layer(x).sin(), leaf(x), use_reentrant=False, context_fn=contexts)
+        return torch.autograd.grad(y.sum(), (layer.lora_a, layer.lora_b))
+
+    for kept in (products, [torch.ops.fused_lora.linear_forward.default]):
+        torch.manual_seed(3)
+        expected = torch.autograd.grad(layer(x).sin().sum(), (layer.lora_a, layer.lora_b))
+        for one, other in zip(gradients(kept), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_make_fx_traces_the_ops():
+    x, weight, a, b = torch.randn(5, 16), torch.randn(12, 16), torch.randn(3, 16), torch.randn(12, 3)
+    graph = make_fx(lambda x, scale: lora_linear(x, weight, a, b, scale, dropout_p=0.5, seed=7))(x, torch.tensor(0.5))
+    assert torch.ops.fused_lora.linear_forward.default in {node.target for node in graph.graph.nodes}
+    torch.testing.assert_close(graph(x, torch.tensor(2.0)), lora_linear(x, weight, a, b, 2.0, dropout_p=0.5, seed=7))

@@ -46,7 +46,7 @@ class QuantisedLoRALinear(torch.autograd.Function):
             seed,
         )
         R, K = a.shape
-        ctx.constants = scale, p, x.dtype, a.dtype, a.dtype if bias is None else bias.dtype, K, R
+        ctx.constants = scale, p, x.dtype, a.dtype, a.dtype if bias is None else bias.dtype, K, R, x.dtype != dtype
         return y
 
     @staticmethod
