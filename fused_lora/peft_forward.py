@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .dora import Norms, dora_forward
 from .dropout import draw_seed
-from .ops.linear import FusedLoRALinear
+from .ops.linear import apply_linear
 from .peft_mixed import Constants as Mixed
 from .peft_mixed import Span, mixed_linear
 from .peft_parts import Branch, route, route_mixed
@@ -45,7 +45,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, branch: Branch, dtyp
     scale, scale_tensor = (1.0, branch.scale) if isinstance(branch.scale, Tensor) else (branch.scale, None)
     seed = draw_seed(x.device) if branch.p else None
     # Not through lora_linear: its checks are the ones that have just been made.
-    return FusedLoRALinear.apply(
+    return apply_linear(
         x, weight, bias, branch.a, branch.b, branch.bias, scale, scale_tensor, seed, branch.p, dtype, None
     )
 

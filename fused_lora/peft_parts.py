@@ -38,6 +38,7 @@ TENSORS = (
     "a weight is not a plain 2-D tensor of the layer's size (sharded DTensor, quantised, sparse, meta or gathered on "
     "demand); with FSDP wrap whole blocks, not the factors"
 )
+INFERENCE = "its base weight was made in inference mode, and such a tensor cannot be saved for a backward"
 TRAINABLE = (
     "its base weight is trainable, and the fused backward has no gradient for it: call "
     "base_layer.weight.requires_grad_(False)"
@@ -112,6 +113,8 @@ def parts_of(layer: Any, names: Any = None) -> Parts | str:
         return TENSORS
     if weight.requires_grad and torch.is_grad_enabled():
         return TRAINABLE
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and weight.is_inference():
+        return INFERENCE
     N, K = weight.shape[::-1] if transposed else weight.shape
     if bias is not None and (bias.shape[0] != N or bias.dtype != weight.dtype or bias.device != weight.device):
         return DTYPES

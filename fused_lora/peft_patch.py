@@ -91,12 +91,16 @@ def _fused_class() -> Any:
         """PEFT's ``lora.Linear`` with a fused forward; see :func:`patch_peft`."""
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self._disable_adapters:  # PEFT takes updates out in such a call, from a tied weight in another layer's
+                self.__dict__.pop("_fused_lora_norms", None)
             y = None
             if not args:
-                if not kwargs:
+                # Where one adapter of the model is an aLoRA, every layer gets its offsets.
+                meant = {name: value for name, value in kwargs.items() if name != "alora_offsets"} if kwargs else kwargs
+                if not meant:
                     y = peft_forward.fused_forward(self, x)
-                elif len(kwargs) == 1 and kwargs.get("adapter_names") is not None:
-                    y = peft_forward.mixed_forward(self, x, kwargs["adapter_names"])
+                elif len(meant) == 1 and meant.get("adapter_names") is not None:
+                    y = peft_forward.mixed_forward(self, x, meant["adapter_names"])
             return super().forward(x, *args, **kwargs) if y is None else y
 
         # PEFT writes the weight through .data, which no version shows: when it merges, and for some initialisations.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft_models import K, layers, patched_copy, peft_model
 from torch import nn
 
@@ -94,3 +94,25 @@ def test_nothing_of_a_weight_is_kept_alive():
     assert not memory.expired()
     del weight
     assert memory.expired()
+
+
+def test_what_another_layer_takes_out_of_a_shared_weight():
+    """PEFT does so inside a forward, where that layer is disabled, through ``.data``: no version tells of it."""
+    base = nn.ModuleDict({"one": nn.Linear(K, 45, bias=False), "two": nn.Linear(K, 45, bias=False)})
+    base["two"].weight = base["one"].weight
+    base.forward = lambda x: base["one"](x) + base["two"](x)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["one"]))
+    model.add_adapter("dora", LoraConfig(r=4, target_modules=["two"], use_dora=True))
+    model.base_model.set_adapter(["default", "dora"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.5)
+    ours, plain = patched_copy(model)[0], model
+    x = torch.randn(5, K)
+    for m in (ours, plain):
+        m(x)
+        m.merge_adapter(["default"])
+        m(x)
+        with m.disable_adapter():
+            m(x)
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)

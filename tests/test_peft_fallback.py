@@ -367,3 +367,18 @@ def test_global_hooks(eager):
         handle.remove()
     assert eager.calls == 3
     assert layers(ours)[0].lora_A["default"] in seen
+
+
+@pytest.mark.parametrize("config", [{}, {"lora_dropout": 0.1}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_a_base_made_in_inference_mode_trains_as_in_peft(adapters, config):
+    """PEFT saves no weight where x needs no gradient, as in a model's first layer."""
+    model = peft_model(adapters=adapters, **config)
+    with torch.inference_mode():
+        weights = [layer.base_layer.weight.clone() for layer in layers(model)]
+    for layer, weight in zip(layers(model), weights, strict=True):
+        layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+    patch_peft(model)
+    assert {str(peft_parts.parts_of(layer)) for layer in layers(model)} == {peft_parts.INFERENCE}
+    model(torch.randn(5, K)).square().sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad)

@@ -274,3 +274,19 @@ def test_saved_whole_and_loaded_in_one_line():
     loaded = torch.load(buffer, weights_only=False)
     assert peft_status(loaded).fused == 3
     assert layers(loaded)[0].__dict__["_fused_lora_dropout"] == "torch"
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_plain_adapter_beside_an_alora_is_fused(mixed, monkeypatch):
+    """PEFT hands every layer of such a model the offsets, which only the aLoRA's own layers read."""
+    model = peft_model(target_modules=["q"], alora_invocation_tokens=[5, 6])
+    model.add_adapter("plain", LoraConfig(target_modules=["v"], r=2))
+    model.base_model.set_adapter(["default", "plain"])
+    randomize(model)
+    ours, _ = patched_copy(model)
+    called = []
+    forward = lora.Linear.forward
+    monkeypatch.setattr(lora.Linear, "forward", lambda self, *a, **k: called.append(self) or forward(self, *a, **k))
+    names = {"adapter_names": ["plain"] * len(X)} if mixed else {}
+    ours.base_model.model.v.eval()(X, alora_offsets=[1] * len(X), **names)
+    assert called == []
