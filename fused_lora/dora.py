@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .dropout import draw_seed, keep_mask, keep_scale
+from .layer import without_autocast
 from .ops.linear import FusedLoRALinear
 
 # Elements that are in the accumulation dtype at one time during a product with A.
@@ -77,7 +78,7 @@ class Norms:
     def _compute(self, weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, acc: torch.dtype) -> Tensor:
         """‖w + scale · a b‖² = ‖w‖² + 2 scale · b·(a w) + scale² · b·(a aᵀ) b for each row w of W and b of B."""
         assert self._weight_squares is not None
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device):
             return _norms(self._weight_squares, weight, a, b, scale, acc)
 
 
@@ -105,7 +106,7 @@ def _norms(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float |
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     """‖W + scale · B A‖ by row, (N,), in float32 (float64 for a float64 layer), without what Norms keeps."""
     acc = torch.promote_types(weight.dtype, torch.float32)
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(weight.device):
         squares = torch.linalg.vector_norm(weight, dim=1, dtype=acc).to(_sums(weight)).square()
         return _norms(squares, weight, a.detach(), b.detach(), scale, acc)
 
@@ -114,7 +115,7 @@ def dora_formula(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapte
     """:func:`dora_forward` in plain differentiable operations: for torch.compile and functorch's transforms."""
     acc = torch.promote_types(weight.dtype, torch.float32)
     mag = adapter.magnitude.to(acc) / row_norms(weight, adapter.a, adapter.b, adapter.scale)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         x, weight = x.to(dtype), weight.to(dtype)
         dropped = F.dropout(x, adapter.p)
         u = F.linear(dropped, weight)
@@ -143,7 +144,7 @@ class FusedDoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, mag, scale, scale_tensor, dtype):
         factor, acc = scale if scale_tensor is None else scale_tensor, mag.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             u = y = F.linear(x.to(dtype), weight.to(dtype), bias if dtype == acc else None)
             s = _skinny(x.reshape(x.shape[:-1].numel(), x.shape[-1]), a.to(acc))
             if bias is None:
@@ -170,13 +171,13 @@ class FusedDoRALinear(torch.autograd.Function):
         need_x, _, need_bias, need_a, need_b, need_mag = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():
             factor = scale if scale_tensor is None else scale_tensor
-            with torch.autocast(dy.device.type, enabled=False):
+            with without_autocast(dy.device):
                 return _differentiable_backward(
                     dy, x, weight, a, b, mag, factor, x_dtype, bias_dtype, ctx.needs_input_grad
                 )
         acc = mag.dtype
         mag_b = (b.to(acc) * mag[:, None]).to(b.dtype)
-        constants = (x_dtype, b.dtype, b.dtype, weight.shape[1], b.shape[1])
+        constants = (x_dtype, b.dtype, b.dtype, weight.shape[1], b.shape[1], x_dtype != dy.dtype)
         backward_op = torch.ops.fused_lora.linear_backward
         dx = dbias = da = db = dmag = None
         if need_a or need_b:

@@ -82,6 +82,11 @@ def is_transformers_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast lowers no product on this type of device."""
+    return torch.autocast(device.type, enabled=False) if autocasting(device.type) else contextlib.nullcontext()
+
+
 def _hollow_copy(module: nn.Module) -> nn.Module:
     """A layer of the same type and settings without parameters and without hooks."""
     copy = module.__new__(type(module))
@@ -247,10 +252,8 @@ class LoRALayer(nn.Module):
 
     def _sum_weight(self) -> Tensor:
         """weight + ΔW, added in float32 or float64 and rounded once to the dtype of weight."""
-        kind = self.weight.device.type
-        autocast = torch.autocast(kind, enabled=False) if autocasting(kind) else contextlib.nullcontext()
         # A sum made under inference_mode could not be used in a later training step; leaving that mode turns grad on.
-        with torch.inference_mode(False), torch.no_grad(), autocast:
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(self.weight.device):
             return self._add_delta(self.delta_weight()).to(self.weight.dtype)
 
     def _add_delta(self, delta: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .checks import check_dtypes, check_operands, check_switch
+from .derivatives import transformed
 from .dora import Adapter, Norms, dora_formula, dora_forward, row_norms
-from .layer import LoRALayer, check_init, default_adapter_dtype, is_transformers_conv1d, lora_scale
-from .ops.linear import _transformed, lora_linear
+from .layer import LoRALayer, check_init, default_adapter_dtype, is_transformers_conv1d, lora_scale, without_autocast
+from .ops.linear import lora_linear
 
 __all__ = ["LoRAEmbedding", "LoRALayer", "LoRALinear", "default_adapter_dtype", "lora_scale"]
 
@@ -141,7 +142,8 @@ class LoRALinear(LoRALayer):
         """ΔW = scale · lora_b lora_a in the shape of weight, in float32 (float64 for a float64 layer)."""
         acc = torch.promote_types(self.lora_a.dtype, torch.float32)
         a, b = self.lora_a.to(acc), self.lora_b.to(acc)
-        delta = torch.mm(a.t(), b.t()) if self.fan_in_fan_out else torch.mm(b, a)
+        with without_autocast(a.device):
+            delta = torch.mm(a.t(), b.t()) if self.fan_in_fan_out else torch.mm(b, a)
         return delta.mul_(self._scale)
 
     def _add_delta(self, delta: Tensor) -> Tensor:
@@ -193,7 +195,7 @@ class LoRALinear(LoRALayer):
         assert self.magnitude is not None
         p = self.lora_dropout if self.training else 0.0
         adapter = Adapter(self.lora_a, self.lora_b, self.magnitude, self._runtime_scale(), p)
-        if torch.compiler.is_compiling() or _transformed():
+        if torch.compiler.is_compiling() or transformed():
             return dora_formula(x, weight, self.bias, adapter, dtype)
         y = dora_forward(x.reshape(-1, x.shape[-1]), weight, self.bias, adapter, dtype, self._norms)
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -304,7 +306,8 @@ class LoRAEmbedding(LoRALayer):
     def delta_weight(self) -> Tensor:
         """ΔW = scale · (lora_b lora_a)ᵀ, (V, D), in float32 (float64 for a float64 layer)."""
         acc = torch.promote_types(self.lora_a.dtype, torch.float32)
-        return torch.mm(self.lora_a.to(acc).t(), self.lora_b.to(acc).t()).mul_(self._scale)
+        with without_autocast(self.lora_a.device):
+            return torch.mm(self.lora_a.to(acc).t(), self.lora_b.to(acc).t()).mul_(self._scale)
 
     def _base_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)

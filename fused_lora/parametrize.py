@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .checks import _FLOATS, check_module, check_switch
-from .modules import default_adapter_dtype, lora_scale
+from .layer import default_adapter_dtype, lora_scale, without_autocast
 
 
 class LoRAParametrization(nn.Module):
@@ -51,7 +51,8 @@ class LoRAParametrization(nn.Module):
             return weight
         acc = torch.promote_types(weight.dtype, self.lora_a.dtype)
         flat = weight.reshape(weight.shape[0], -1).to(acc)
-        total = torch.addmm(flat, self.lora_b.to(acc), self.lora_a.to(acc), alpha=self.scale)
+        with without_autocast(weight.device):
+            total = torch.addmm(flat, self.lora_b.to(acc), self.lora_a.to(acc), alpha=self.scale)
         return total.to(weight.dtype).view(weight.shape)
 
     def extra_repr(self) -> str:

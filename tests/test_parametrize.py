@@ -165,3 +165,15 @@ def test_compiles_whole():
     module, x = lora_parametrize(nn.Linear(12, 7), r=2), torch.randn(3, 12)
     nn.init.normal_(module.parametrizations.weight[0].lora_b)
     assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_rounds_no_weight(dtype):
+    module = lora_parametrize(nn.Linear(12, 7, dtype=dtype), r=2)
+    base = module.parametrizations.weight.original
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module.weight, base)
+    nn.init.normal_(module.parametrizations.weight[0].lora_b)
+    wanted = module.weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module.weight, wanted)
