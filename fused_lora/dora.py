@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .derivatives import expressions_wanted
 from .dropout import draw_seed, keep_mask, keep_scale
 from .layer import without_autocast
 from .ops.linear import FusedLoRALinear
@@ -169,7 +170,7 @@ class FusedDoRALinear(torch.autograd.Function):
         x, weight, a, b, mag, s, u, scale_tensor = ctx.saved_tensors
         scale, x_dtype, bias_dtype = ctx.constants
         need_x, _, need_bias, need_a, need_b, need_mag = ctx.needs_input_grad[:6]
-        if torch.is_grad_enabled():
+        if expressions_wanted(dy):
             factor = scale if scale_tensor is None else scale_tensor
             with without_autocast(dy.device):
                 return _differentiable_backward(
@@ -200,7 +201,7 @@ class FusedDoRALinear(torch.autograd.Function):
 
 
 def _differentiable_backward(dy, x, weight, a, b, mag, factor, x_dtype, bias_dtype, need):
-    """The same gradients as expressions autograd can differentiate again (create_graph=True)."""
+    """The same gradients as expressions that can be differentiated again (create_graph=True), or mapped."""
     acc = mag.dtype
     lead = dy.shape[:-1]
     dy = dy.reshape(lead.numel(), dy.shape[-1]).to(acc)

@@ -30,6 +30,40 @@ def make(dtype=torch.float64, **settings):
     return layer
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("lead", [(6,), (2, 3)])
+class TestTransformsOverABackward:
+    """y is made outside the transform, so that only the gradient of y knows of it."""
+
+    @pytest.fixture
+    def case(self, lead, p):
+        layer = make(lora_dropout=p)
+        x = torch.randn(*lead, K).double().requires_grad_()
+        leaves = (x, layer.bias.requires_grad_(), *layer.trained())
+        return layer(x), leaves, torch.randn(3, *lead, N).double()
+
+    def test_forward_over_reverse(self, case):
+        y, leaves, (dy, tangent, _) = case
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(dy, tangent)
+            found = torch.autograd.grad(y, leaves, dual, retain_graph=True)
+            found = [forward_ad.unpack_dual(grad).tangent for grad in found]
+        # Linear in dy, so the tangent is the gradient at the tangent.
+        for ours, truth in zip(found, torch.autograd.grad(y, leaves, tangent), strict=True):
+            torch.testing.assert_close(ours, truth)
+
+    @pytest.mark.parametrize("legacy", [False, True])
+    def test_vmap(self, case, legacy):
+        y, leaves, many = case
+        truth = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in many]
+        if legacy:
+            found = torch.autograd.grad(y, leaves, many, is_grads_batched=True)
+        else:
+            found = torch.vmap(lambda dy: torch.autograd.grad(y, leaves, dy, retain_graph=True))(many)
+        for ours, each in zip(found, zip(*truth, strict=True), strict=True):
+            torch.testing.assert_close(ours, torch.stack(each))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_norms_under_autocast(dtype):
     layer = make(dtype)
