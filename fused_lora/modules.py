@@ -197,8 +197,10 @@ class LoRALinear(LoRALayer):
         adapter = Adapter(self.lora_a, self.lora_b, self.magnitude, self._runtime_scale(), p)
         if torch.compiler.is_compiling() or transformed():
             return dora_formula(x, weight, self.bias, adapter, dtype)
-        y = dora_forward(x.reshape(-1, x.shape[-1]), weight, self.bias, adapter, dtype, self._norms)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        y = dora_forward(rows, weight, self.bias, adapter, dtype, self._norms)
+        # No view of what a Function made: autograd forbids in-place work (an activation, += residual) on one.
+        return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], self.out_features))
 
     def extra_repr(self) -> str:
         layout = "fan_in_fan_out=True, " if self.fan_in_fan_out else ""

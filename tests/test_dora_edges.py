@@ -31,6 +31,21 @@ def make(dtype=torch.float64, **settings):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("lead", [(), (6,), (2, 3)])
+def test_work_in_place_on_the_output(lead, p):
+    """A view that a Function made forbids it, and under FSDP2 ends the process."""
+    layer, x = make(lora_dropout=p), torch.randn(*lead, K).double()
+    gradients = []
+    for act in (F.relu, F.relu_):
+        torch.manual_seed(1)
+        y = layer(x)
+        assert y.shape == (*lead, N)
+        assert not y._is_view()
+        gradients.append(torch.autograd.grad(act(y).square().sum(), layer.trained()))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("lead", [(6,), (2, 3)])
 class TestTransformsOverABackward:
     """y is made outside the transform, so that only the gradient of y knows of it."""
