@@ -104,7 +104,8 @@ def lora_parametrize(
 
 
 def lora_unparametrize(module: nn.Module, tensor_name: str = "weight", *, merge: bool = False) -> nn.Module:
-    """Take LoRA off again: ``merge=False`` restores the original parameter, ``merge=True`` bakes ΔW into it.
+    """Take LoRA off again: ``merge=False`` restores the original parameter, ``merge=True`` puts a new one with
+    ΔW in its place: other modules that share the original keep it as it is.
 
     The parameter stays frozen (``requires_grad`` False).
 
@@ -121,7 +122,15 @@ def lora_unparametrize(module: nn.Module, tensor_name: str = "weight", *, merge:
             f"{type(module).__name__}.{tensor_name} carries other parametrizations too: "
             "remove_parametrizations of torch.nn.utils.parametrize takes all of them off"
         )
-    parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=merge)
+    merged = None
+    if merge and found[0].enabled:
+        with torch.inference_mode(False), torch.no_grad():
+            merged = getattr(module, tensor_name).detach()
+    parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
+    if merged is not None:
+        # Not into the original, which other modules may hold as well.
+        parameter = tensor_name in module._parameters
+        setattr(module, tensor_name, nn.Parameter(merged, requires_grad=False) if parameter else merged)
     getattr(module, tensor_name).requires_grad_(False)
     return module
 

@@ -177,3 +177,20 @@ def test_autocast_rounds_no_weight(dtype):
     wanted = module.weight
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(module.weight, wanted)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_merging_leaves_a_tied_weight_to_the_others(enabled):
+    embed, head = nn.Embedding(11, 5), nn.Linear(5, 11, bias=False)
+    head.weight = embed.weight
+    weight, before = embed.weight, embed.weight.detach().clone()
+    nn.init.normal_(lora_parametrize(head, r=2).parametrizations.weight[0].lora_b)
+    set_lora_enabled(head, enabled)
+    merged = head.weight.detach().clone()
+    lora_unparametrize(head, merge=True)
+    assert torch.equal(head.weight, merged)
+    assert embed.weight is weight
+    assert torch.equal(embed.weight, before)
+    assert type(head.weight) is nn.Parameter
+    assert not head.weight.requires_grad
+    assert (head.weight is weight) != enabled
