@@ -99,7 +99,9 @@ def lora_parametrize(
     parametrize.register_parametrization(
         module, tensor_name, LoRAParametrization(weight, r, lora_alpha, use_rslora=use_rslora)
     )
-    _entries(module, tensor_name).original.requires_grad_(False)
+    # Of another parametrization underneath there may be several: the originals it computes the weight from.
+    for original in _entries(module, tensor_name).parameters(recurse=False):
+        original.requires_grad_(False)
     return module
 
 

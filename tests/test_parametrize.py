@@ -194,3 +194,17 @@ def test_merging_leaves_a_tied_weight_to_the_others(enabled):
     assert type(head.weight) is nn.Parameter
     assert not head.weight.requires_grad
     assert (head.weight is weight) != enabled
+
+
+def test_a_weight_of_two_originals():
+    module = nn.utils.parametrizations.weight_norm(nn.Linear(12, 7))
+    x = torch.randn(3, 12)
+    before = module(x)
+    lora_parametrize(module, r=2)
+    torch.testing.assert_close(module(x), before)
+    trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    assert trained == ["bias", "parametrizations.weight.1.lora_a", "parametrizations.weight.1.lora_b"]
+    nn.init.normal_(module.parametrizations.weight[1].lora_b)
+    assert not torch.allclose(module(x), before)
+    set_lora_enabled(module, False)
+    assert torch.equal(module(x), before)
