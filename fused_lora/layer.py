@@ -96,6 +96,18 @@ def _hollow_copy(module: nn.Module) -> nn.Module:
     return copy
 
 
+def _refuse_computed(base: nn.Module) -> None:
+    """Raise where hooks or a parametrization put another tensor in a parameter's place before each forward."""
+    for name in ("weight", "bias"):
+        if getattr(base, name, None) is not None and name not in base._parameters:
+            others = [*base._modules, *base._buffers, *(n for n in base._parameters if n not in ("weight", "bias"))]
+            raise ValueError(
+                f"this {type(base).__name__} cannot get LoRA: its {name} is computed from other tensors "
+                f"({', '.join(others) or 'none of them parameters'}); make it a parameter again first (prune.remove, "
+                "remove_spectral_norm, remove_weight_norm, parametrize.remove_parametrizations)"
+            )
+
+
 class LoRAHolder(nn.Module):
     """A module that keeps LoRA layers of its own, which apply_lora and remove_lora must leave to it."""
 
@@ -277,9 +289,13 @@ class LoRALayer(nn.Module):
         self._merged_weight = None
 
     def _versions(self) -> tuple[int, ...]:
+        names = ("weight", "lora_a", "lora_b", "magnitude")
+        tensors: list[Tensor] = [t for name in names if (t := self._parameters.get(name)) is not None]
+        if any(name not in self._parameters for name in names):
+            # One is computed, by a parametrization or a hook, anew in every access: what it is made from tells.
+            tensors = [*self.parameters(), *(t for t in self.buffers() if t is not self._merged_weight)]
         # Inference tensors count no versions: they cannot be written outside inference mode either.
-        parameters = (self.weight, *self.trained())
-        return tuple(count for p in parameters for count in (id(p), 0 if p.is_inference() else p._version))
+        return tuple(count for t in tensors for count in (id(t), 0 if t.is_inference() else t._version))
 
     def trained(self) -> tuple[nn.Parameter, ...]:
         """lora_a, lora_b, and the magnitude of DoRA."""

@@ -42,6 +42,46 @@ class Times(nn.Module):
         return t * self.factor
 
 
+class TestMergedOfAComputedFactor:
+    def agrees(self, layer):
+        x = input_of(layer)
+        merged = layer(x)
+        layer.unmerge()
+        torch.testing.assert_close(merged, layer(x))
+        layer.merge()
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("name", ["lora_a", "lora_b"])
+    def test_parametrized(self, kind, name):
+        layer = MAKE[kind]().double()
+        parametrize.register_parametrization(layer, name, Times(2.0))
+        entry = layer.parametrizations[name]
+        layer.merge()
+        for changed in (entry.original, entry[0].factor, layer.weight):
+            for _ in range(4):
+                layer(input_of(layer))
+                with torch.no_grad():
+                    changed.mul_(1.5)
+                self.agrees(layer)
+
+    def test_one_sum_where_nothing_changes(self):
+        layer = MAKE["linear"]()
+        parametrize.register_parametrization(layer, "lora_a", Times(2.0))
+        layer.merge()
+        merged = layer._merged_weight
+        for _ in range(3):
+            layer(input_of(layer))
+        assert layer._merged_weight is merged
+
+    def test_pruned(self):
+        layer = MAKE["linear"]().double()
+        prune.l1_unstructured(layer, "lora_b", 0.5)
+        layer.merge()
+        with torch.no_grad():
+            layer.lora_b_orig.mul_(3)
+        self.agrees(layer)
+
+
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_rounds_no_update(kind, dtype):
