@@ -146,6 +146,7 @@ class LoRALayer(nn.Module):
     def _adopt(self, base: nn.Module, adapter_dtype: torch.dtype | None, init_lora_weights: bool | str = True) -> None:
         """Last step of a constructor: take over and freeze a base layer's parameters, add the factors beside them."""
         self._read_base(base)
+        _refuse_computed(base)
         self._shell = (_hollow_copy(base),)
         self.weight, self.bias = base.weight, getattr(base, "bias", None)  # type: ignore[assignment]
         check_dtypes(**{f"the dtype of the {type(base).__name__}'s weight": self.weight.dtype})

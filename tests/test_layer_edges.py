@@ -89,3 +89,33 @@ def test_autocast_rounds_no_update(kind, dtype):
     wanted = layer.delta_weight()
     with torch.autocast("cpu", dtype=dtype):
         assert torch.equal(layer.delta_weight(), wanted)
+
+
+COMPUTED = {
+    "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "weight", "weight_mask"),
+    "pruned bias": (lambda layer: prune.l1_unstructured(layer, "bias", 0.5), "bias", "bias_mask"),
+    "spectral_norm": (nn.utils.spectral_norm, "weight", "weight_u"),
+    "weight_norm": (nn.utils.weight_norm, "weight", "weight_g"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("how", list(COMPUTED))
+def test_a_base_whose_weight_is_computed(how):
+    compute, name, other = COMPUTED[how]
+    linear = compute(nn.Linear(K, N))
+    before = dict(linear.named_parameters())
+    for use_dora in (False, True):
+        with pytest.raises(
+            ValueError, match=rf"Linear cannot .* {name} is computed from other tensors \(.*{other}.*\)"
+        ):
+            LoRALinear.from_linear(linear, r=R, use_dora=use_dora)
+    assert dict(linear.named_parameters()) == before
+    assert all(p.requires_grad for p in linear.parameters())
+
+
+def test_a_computed_weight_of_other_layers():
+    with pytest.raises(ValueError, match=r"Embedding cannot .* weight is computed from other tensors"):
+        LoRAEmbedding.from_embedding(prune.l1_unstructured(nn.Embedding(K, N), "weight", 0.5))
+    with pytest.raises(ValueError, match=r"Conv1d cannot .* weight is computed from other tensors"):
+        LoRAConv1d.from_conv(nn.utils.parametrizations.weight_norm(nn.Conv1d(K, N, 1)))
