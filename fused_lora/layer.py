@@ -358,6 +358,11 @@ class LoRALayer(nn.Module):
         if not self._enabled:
             return self._base_forward(x, self.weight)
         if self._merged_weight is not None:
+            if self.weight.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    "weight requires grad, but the base layer is frozen here and would get no gradient: call "
+                    f"weight.requires_grad_(False), or use {self.base_type.__name__} for a layer that trains in full"
+                )
             # A checkpoint loaded or a step taken while merged would otherwise leave a stale sum behind.
             if not torch.compiler.is_compiling() and self._versions() != self._merged_from:
                 self._remerge()

@@ -119,3 +119,22 @@ def test_a_computed_weight_of_other_layers():
         LoRAEmbedding.from_embedding(prune.l1_unstructured(nn.Embedding(K, N), "weight", 0.5))
     with pytest.raises(ValueError, match=r"Conv1d cannot .* weight is computed from other tensors"):
         LoRAConv1d.from_conv(nn.utils.parametrizations.weight_norm(nn.Conv1d(K, N, 1)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_layer_trains_no_weight(kind):
+    layer = MAKE[kind]()
+    x = input_of(layer)
+    layer.merge()
+    wanted = layer(x)
+    layer.weight.requires_grad_(True)
+    name = layer.base_type.__name__
+    with pytest.raises(
+        ValueError, match=rf"^weight requires grad, .* no gradient: .*requires_grad_\(False\), or use {name}"
+    ):
+        layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), wanted)
+    layer.enabled = False
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
