@@ -370,8 +370,14 @@ class LoRALayer(nn.Module):
         return self._lora_forward(x)
 
     def _runtime_scale(self) -> float | Tensor:
+        if not torch.compiler.is_compiling():
+            return self._scale
+        if self._scale_tensor.device != self.lora_a.device:  # a loader put the parameters in place of others by itself
+            if torch.compiler.is_exporting():
+                return self._scale  # an export writes no attribute
+            self._place_scale()
         # A graph keeps the value it ran with: set_scale between forward and backward must not reach into it.
-        return self._scale_tensor.clone() if torch.compiler.is_compiling() else self._scale
+        return self._scale_tensor.clone()
 
     def _lora_repr(self) -> str:
         parts = [f"r={self.r}", f"lora_alpha={self.lora_alpha:g}", f"scale={self._scale:g}"]

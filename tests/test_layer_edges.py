@@ -138,3 +138,48 @@ def test_a_merged_layer_trains_no_weight(kind):
     layer.enabled = False
     layer(x).sum().backward()
     assert layer.weight.grad is not None
+
+
+class TestALoaderThatPutsParametersInPlace:
+    """As from_pretrained does over a model that was built on meta: one by one, by neither load_state_dict nor to."""
+
+    def loaded(self, kind):
+        source = MAKE[kind]()
+        with torch.device("meta"):
+            layer = MAKE[kind]()
+        for name, p in source.named_parameters():
+            layer._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+        assert layer._scale_tensor.is_meta
+        return layer
+
+    @pytest.fixture(autouse=True)
+    def device_contexts(self, monkeypatch):
+        monkeypatch.undo()  # torch.device() as a context remembers which functions torch.empty and its sisters are
+        torch.utils._device._device_constructors.cache_clear()
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_compile(self, kind):
+        layer, graphs = self.loaded(kind), []
+
+        def backend(graph, _):
+            graphs.append(graph)
+            return graph
+
+        x = input_of(layer)
+        wanted = layer(x)
+        compiled = torch.compile(layer, backend=backend, fullgraph=True)
+        torch.testing.assert_close(compiled(x), wanted)
+        assert layer._scale_tensor.device == layer.lora_a.device
+        for scale in (0.5, -1.5, 3.0):
+            layer.set_scale(scale)
+            torch.testing.assert_close(compiled(x), layer(x))
+        assert len(graphs) == 2  # the first call brings the scale over
+
+    @pytest.mark.filterwarnings("error:.*assigned during export", "error:.*side effects")
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_export(self, strict):
+        layer = self.loaded("linear")
+        x = input_of(layer)
+        program = torch.export.export(layer, (x,), strict=strict)
+        torch.testing.assert_close(program.module()(x), layer(x))
+        assert layer._scale_tensor.is_meta
