@@ -135,7 +135,7 @@ def _same(known: Tensor, now: Tensor) -> bool:
 
 def _skinny(t: Tensor, a: Tensor) -> Tensor:
     """t aᵀ in the dtype of a, block by block, so that t (rows, K) never exists whole in that dtype."""
-    blocks = t.split(max(_BLOCK // t.shape[1], 1)) if t.dtype != a.dtype else (t,)
+    blocks = t.split(max(_BLOCK // max(t.shape[1], 1), 1)) if t.dtype != a.dtype else (t,)
     return torch.cat([torch.mm(block.to(a.dtype), a.t()) for block in blocks])
 
 
@@ -208,7 +208,7 @@ def _differentiable_backward(dy, x, weight, a, b, mag, factor, x_dtype, bias_dty
     weight, a_acc, b_acc = weight.to(acc), a.to(acc), b.to(acc)
     dz = dy * mag
     ds = dz @ b_acc * factor
-    dx = (dz @ weight + ds @ a_acc).to(x_dtype).reshape(*lead, -1) if need[0] else None
+    dx = (dz @ weight + ds @ a_acc).to(x_dtype).reshape(*lead, weight.shape[1]) if need[0] else None
     dbias = dy.sum(0).to(bias_dtype) if need[2] else None
     da = db = dmag = None
     if x is not None:

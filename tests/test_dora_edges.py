@@ -98,3 +98,22 @@ def test_meta(lead, p):
     assert (y.device.type, y.shape) == ("meta", (*lead, N))
     y.sum().backward()
     assert all(t.grad.shape == t.shape for t in (x, *layer.trained()))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("lead", [(0,), (2, 0)])
+def test_no_rows(lead, create_graph):
+    layer, x = make(), torch.randn(*lead, K).double().requires_grad_()
+    leaves = (x, *layer.trained())
+    grads = torch.autograd.grad(layer(x).sum(), leaves, create_graph=create_graph)
+    assert [grad.shape for grad in grads] == [t.shape for t in leaves]
+    assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_features(dtype):
+    layer = LoRALinear(0, N, r=R, use_dora=True, dtype=dtype)
+    assert not layer.magnitude.any()
+    for lead in ((), (3,), (2, 3)):
+        assert layer(torch.empty(*lead, 0, dtype=dtype)).shape == (*lead, N)
