@@ -113,7 +113,8 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Te
 
 
 def dora_formula(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, dtype: torch.dtype) -> Tensor:
-    """:func:`dora_forward` in plain differentiable operations: for torch.compile and functorch's transforms."""
+    """:func:`dora_forward` in plain differentiable operations, the same in every call: for torch.compile, functorch's
+    transforms, and dispatch modes."""
     acc = torch.promote_types(weight.dtype, torch.float32)
     mag = adapter.magnitude.to(acc) / row_norms(weight, adapter.a, adapter.b, adapter.scale)
     with without_autocast(x.device):

@@ -195,7 +195,8 @@ class LoRALinear(LoRALayer):
         assert self.magnitude is not None
         p = self.lora_dropout if self.training else 0.0
         adapter = Adapter(self.lora_a, self.lora_b, self.magnitude, self._runtime_scale(), p)
-        if torch.compiler.is_compiling() or transformed():
+        # What Norms keeps makes a second call another sequence of operations: no selective checkpoint could replay it.
+        if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack() > 0:
             return dora_formula(x, weight, self.bias, adapter, dtype)
         rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
         y = dora_forward(rows, weight, self.bias, adapter, dtype, self._norms)

@@ -117,3 +117,41 @@ def test_no_features(dtype):
     assert not layer.magnitude.any()
     for lead in ((), (3,), (2, 3)):
         assert layer(torch.empty(*lead, 0, dtype=dtype)).shape == (*lead, N)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_selective_checkpointing(p):
+    layers = nn.Sequential(make(lora_dropout=p), nn.Tanh(), LoRALinear(N, N, r=R, use_dora=True, dtype=torch.float64))
+    x = torch.randn(6, K).double().requires_grad_()
+    kept = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+
+    def contexts():
+        return create_selective_checkpoint_contexts(kept)
+
+    results = []
+    for _ in range(2):  # what is kept from call to call is there the second time
+        torch.manual_seed(1)
+        y = checkpoint(layers, x, use_reentrant=False, context_fn=contexts)
+        results.append(torch.autograd.grad(y.sum(), (x, *layers[0].trained())))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    if not p:
+        truth = torch.autograd.grad(layers(x).sum(), (x, *layers[0].trained()))
+        for ours, plain in zip(results[0], truth, strict=True):
+            torch.testing.assert_close(ours, plain)
+
+
+def test_a_dispatch_mode_sees_the_same_operations_in_every_call():
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen[-1].append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    layer, x = make(), torch.randn(6, K).double()
+    wanted = layer(x)
+    for _ in range(2):
+        seen.append([])
+        with Watch():
+            torch.testing.assert_close(layer(x), wanted)
+    assert seen[0] == seen[1] != []
