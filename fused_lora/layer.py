@@ -350,6 +350,10 @@ class LoRALayer(nn.Module):
         """The base layer plus the LoRA branch; the base layer alone where ``enabled`` is False.
 
         ``input`` is another name for x: torch's own, for code that calls its layers so.
+
+        Raises:
+            TypeError: no x.
+            ValueError: the layer is merged and weight requires grad, which it would not get.
         """
         if x is None:
             if input is None:

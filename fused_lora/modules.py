@@ -93,7 +93,7 @@ class LoRALinear(LoRALayer):
 
         Raises:
             TypeError: linear is neither of the two, or a subclass with a forward of its own.
-            ValueError: linear is parametrized.
+            ValueError: linear is parametrized, or hooks compute its weight or bias (pruning, the old weight_norm).
         """
         layer = cls.__new__(cls)
         LoRALayer.__init__(layer, r, lora_alpha, lora_dropout, use_rslora)
@@ -269,7 +269,8 @@ class LoRAEmbedding(LoRALayer):
 
         Raises:
             TypeError: embedding is not an nn.Embedding.
-            ValueError: it has max_norm, which rewrites the weight in forward, or sparse gradients.
+            ValueError: it has max_norm, which rewrites the weight in forward, or sparse gradients; its weight is
+                computed, by a parametrization or a hook.
         """
         layer = cls.__new__(cls)
         LoRALayer.__init__(layer, r, lora_alpha, 0.0, use_rslora)
