@@ -109,21 +109,43 @@ def narrow(t, dtype: tl.constexpr):
 
 
 @triton.jit
+def round_to_tf32(t):
+    """t with its fp32 numbers rounded to tf32's 11 bits, to nearest. Left as they are, a tensor core cuts them off:
+    twice the error, all of it to one side."""
+    if t.dtype == tl.float32:
+        if INTERPRET:
+            bits = (t.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+            t = tl.where(tl.abs(t) < float("inf"), bits.to(tl.float32, bitcast=True), t)
+        else:
+            t = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [t], tl.float32, is_pure=True, pack=1)
+    return t
+
+
+@triton.jit
+def add_apart(product, acc):
+    """acc + product, on the cores that round to nearest. fma: a plain sum would be folded back into the dot."""
+    return tl.fma(product, tl.full(acc.shape, 1.0, tl.float32), acc)
+
+
+@triton.jit
 def dot(lhs, rhs, acc, PRECISION: tl.constexpr):
     """acc + lhs rhs, accumulated in fp32.
 
     PRECISION: "bf16" or "fp16" round both operands to that type; "split" (lhs bf16, rhs fp32) writes rhs as a
     sum of three bf16 terms, which is exact, so nothing of the fp32 operand is lost and lhs is not touched;
     "tf32", "tf32x3" and "ieee" are Triton's own names, on fp32 operands.
+
+    Tensor cores round their accumulator towards zero in every step (Fasi et al., 2021, doi:10.7717/peerj-cs.330), so
+    "split", which is to be as good as fp32, sums a step's products alone and adds them apart, as "tf32x3" does itself.
     """
     if PRECISION == "split":
         high = rhs.to(tl.bfloat16)
         rest = rhs - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        acc = dot(lhs, low, acc, "bf16")
-        acc = dot(lhs, middle, acc, "bf16")
-        return dot(lhs, high, acc, "bf16")
+        products = dot(lhs, low, tl.zeros(acc.shape, tl.float32), "bf16")
+        products = dot(lhs, middle, products, "bf16")
+        return add_apart(dot(lhs, high, products, "bf16"), acc)
     elif PRECISION == "bf16" or PRECISION == "fp16":
         operand: tl.constexpr = tl.bfloat16 if PRECISION == "bf16" else tl.float16
         lhs = narrow(lhs, operand)
@@ -132,6 +154,9 @@ def dot(lhs, rhs, acc, PRECISION: tl.constexpr):
             return tl.dot(lhs.to(tl.float32), rhs.to(tl.float32), acc)
         return tl.dot(lhs, rhs, acc)
     else:
+        if PRECISION == "tf32":
+            lhs = round_to_tf32(lhs)
+            rhs = round_to_tf32(rhs)
         return tl.dot(lhs.to(tl.float32), rhs.to(tl.float32), acc, input_precision=PRECISION)
 
 
@@ -199,8 +224,14 @@ def factor_precision(dtype: torch.dtype, adapter: torch.dtype, rank_wide: bool, 
     return base_precision(dtype, allow_tf32)
 
 
-def lowrank_precision(dtype: torch.dtype, adapter: torch.dtype, allow_tf32: bool) -> str:
-    """For s bᵀ and ds a, rank-wide fp32 times a factor, rounded to T at the store."""
+def lowrank_precision(dtype: torch.dtype, adapter: torch.dtype, allow_tf32: bool, alone: bool = False) -> str:
+    """For s bᵀ and ds a, rank-wide fp32 times a factor, rounded to T at the store.
+
+    tf32 has fp16's bits: to round both fp32 sides to it are two errors of the result's own size. ``alone``, where the
+    store is followed by a third, cuBLAS's, mixed fp16 keeps all of both; the sums of a GEMM leave no registers for it.
+    """
+    if dtype == torch.float16 and adapter != dtype and alone:
+        return _fp32_dot("tf32x3")
     if dtype != torch.float32 and (adapter != dtype or dtype == torch.float16):
         return _fp32_dot("tf32")
     return base_precision(dtype, allow_tf32)

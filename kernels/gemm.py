@@ -221,7 +221,8 @@ def _lowrank(
             m, p, f.shape[0], 0 if parts is None else parts.shape[0],
             f.stride(0), f.stride(1),
             scale_argument(scale, s.device), *(0, 1.0) if drop is None else drop[1:],
-            lowrank_precision(out.dtype, f.dtype, allow_tf32), tile.block_m, tile.block_p, tile.block_r,
+            lowrank_precision(out.dtype, f.dtype, allow_tf32, alone=parts is None),
+            tile.block_m, tile.block_p, tile.block_r,
             num_warps=tile.num_warps, num_stages=1,
         )  # fmt: skip
     return out

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .device import (
     Drop,
+    add_apart,
     dot,
     factor_precision,
     keep_mask,
@@ -35,10 +36,11 @@ def _finished_dot(lhs, rhs, acc, PRECISION: tl.constexpr):
     """acc + lhs rhs, the dot finished before the sum.
 
     Left in flight, the registers of its operands and sums are those of what follows it, such as the next step's mask,
-    and ptxas serializes wgmma (C7515). fma: acc + dot would be folded back into one.
+    and ptxas serializes wgmma (C7515). :func:`dot` finishes a split one itself.
     """
-    product = dot(lhs, rhs, tl.zeros(acc.shape, tl.float32), PRECISION)
-    return tl.fma(product, tl.full(acc.shape, 1.0, tl.float32), acc)
+    if PRECISION == "split":
+        return dot(lhs, rhs, acc, PRECISION)
+    return add_apart(dot(lhs, rhs, tl.zeros(acc.shape, tl.float32), PRECISION), acc)
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -80,8 +82,7 @@ def _shrink_kernel(
         if seed_ptr is not None:
             keep = keep_mask(key0, key1, rows[:, None], factor, cols[None, :], threshold, PTX)
             t = tl.where(keep, t, 0.0)
-        # Not split: its three dots are not serialized, and ptxas spilled 8 bytes of it (sm_120, triton 3.7.1).
-        if seed_ptr is not None and PRECISION != "split":
+        if seed_ptr is not None:
             acc = _finished_dot(t, f, acc, PRECISION)
         else:
             acc = dot(t, f, acc, PRECISION)

@@ -231,10 +231,12 @@ def _shrink_tile(problem: Problem, chip: Chip, columns: int, masked: bool = Fals
         if r == 32 and rank % 16 and chip.warp_groups and not regime.startswith("mixed"):
             r = 64  # 32: wgmma serialized (triton 3.6.0)
         tile = SkinnyTile(64, 64, r, 4, 2) if chip.hip else SkinnyTile(128, 64, r, 8, 4 if r <= 32 else 3)
-        if regime == "mixed float16" and not problem.vectors(columns) and not (chip.hip or chip.warp_groups):
-            tile = replace(tile, block_m=64)  # 128 rows: 180 bytes spilled with a mask (sm_80)
-        if masked and r == 64 and not (chip.hip or chip.warp_groups):
-            tile = replace(tile, block_m=64)  # 128 rows: 12 bytes spilled (sm_80 to sm_89, triton 3.7.1)
+        if not (chip.hip or chip.warp_groups):
+            # 128 rows: 180 bytes spilled with a mask (sm_80); 12 with a mask and r 64 (sm_80 to sm_89, triton 3.7.1)
+            if (regime == "mixed float16" and not problem.vectors(columns)) or (masked and r == 64):
+                tile = replace(tile, block_m=64)
+            elif masked and (regime, r) == ("mixed bfloat16", 16) and chip.capability >= (12, 0):
+                tile = replace(tile, block_c=32)  # 64: 16 bytes spilled (sm_120, triton 3.7.1)
     blocks = cdiv(problem.M, tile.block_m) * cdiv(rank, tile.block_r)
     return _finish(tile, "shrink", blocks, cdiv(columns, 4 * tile.block_c), problem, chip)
 
@@ -313,12 +315,6 @@ def _gemm_tile(
     return tile
 
 
-def _lowrank_tile(problem: Problem, chip: Chip) -> LowrankTile:
-    if problem.regime == "float32":  # 4 warps: 40 bytes spilled with tf32 on sm_80; 8: 32 bytes without on sm_100
-        return LowrankTile(64, 64, 16, 8 if chip.capability < (10, 0) else 4)
-    return LowrankTile(64, 128, _gemm_ranks(problem.R), 4)
-
-
 def pick_shrink(problem: Problem, chip: Chip) -> SkinnyTile:
     return _shrink_tile(problem, chip, problem.K, masked=problem.dropout)
 
@@ -341,7 +337,10 @@ def pick_grad_x(problem: Problem, chip: Chip, descriptor: bool = False) -> GemmT
 
 
 def pick_lowrank_y(problem: Problem, chip: Chip) -> LowrankTile:
-    return _lowrank_tile(problem, chip)
+    if problem.regime == "float32":  # 4 warps: 40 bytes spilled with tf32 on sm_80; 8: 32 bytes without on sm_100
+        return LowrankTile(64, 64, 16, 8 if chip.capability < (10, 0) else 4)
+    # Mixed float16, 128 columns: 12 to 52 bytes spilled (sm_80 to sm_89).
+    return LowrankTile(64, 64 if problem.regime == "mixed float16" else 128, _gemm_ranks(problem.R), 4)
 
 
 pick_lowrank_x = pick_lowrank_y

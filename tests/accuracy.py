@@ -22,9 +22,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from fused_lora import dropout, lora_linear, rank_products, reference, vendor
+from fused_lora import dropout, lora_linear, rank_products, reference, registered, vendor
 from fused_lora.dropout import keep_mask
-from fused_lora.ops import library
 
 STRATEGIES = ["torch", "triton"]
 GRADIENTS = ("x", "lora_a", "lora_b", "bias", "lora_bias")
@@ -228,12 +227,12 @@ def block_sizes(blocks: str):
         if blocks == "gpu":
             stack.enter_context(mock.patch.object(vendor, "on_cpu", return_value=False))
         if "native" in blocks or blocks == "gpu":
-            plan_for = library.plan_for
+            plan_for = registered.plan_for
 
             def native(*facts):
                 return dataclasses.replace(plan_for(*facts), upcast=False)
 
-            stack.enter_context(mock.patch.object(library, "plan_for", native))
+            stack.enter_context(mock.patch.object(registered, "plan_for", native))
         yield
 
 

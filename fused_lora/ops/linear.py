@@ -1,4 +1,4 @@
-"""The fused LoRA linear: one autograd Function, one function; the ops below them are in ``library.py``.
+"""The fused LoRA linear: one autograd Function, one function; the ops below them are in ``registered.py``.
 
     y  = x Wᵀ + bias + scale · (s Bᵀ + lora_bias)        s  = drop(x) Aᵀ
     ds = scale · dy B      db = scale · dyᵀ s      da = dsᵀ drop(x)      dx = dy W + drop'(ds A)
@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, registered
 from ..checks import check_operands, check_scale, check_switch
 from ..derivatives import transformed
 from ..dropout import as_seed, check_p, check_seed
 from ..plan import Facts, Plan, device_facts, interpreting, make_plan, parse_request, plan_for
-from . import library
 
 
 class FusedLoRALinear(torch.autograd.Function):
@@ -32,13 +31,13 @@ class FusedLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        y, s = library.run_forward(*inputs)
-        library.keep(ctx, inputs, (y, s))
+        y, s = registered.run_forward(*inputs)
+        registered.keep(ctx, inputs, (y, s))
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        return library.gradients(ctx, dy)
+        return registered.gradients(ctx, dy)
 
 
 _function_apply: Any = super(torch.autograd.Function, FusedLoRALinear).apply
@@ -119,7 +118,9 @@ def lora_linear(
         return reference.lora_linear(
             x, weight, lora_a, lora_b, factor, bias, dropout_p=p, lora_bias=lora_bias, seed=seed_tensor
         )
-    return apply_linear(x, weight, bias, lora_a, lora_b, lora_bias, scale, scale_tensor, seed_tensor, p, dtype, strategy)
+    return apply_linear(
+        x, weight, bias, lora_a, lora_b, lora_bias, scale, scale_tensor, seed_tensor, p, dtype, strategy
+    )
 
 
 def explain(

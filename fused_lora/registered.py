@@ -1,4 +1,4 @@
-"""The two torch.library ops of the fused LoRA linear: bodies, shapes, derivatives. The formulas are in ``linear.py``.
+"""The two torch.library ops of the fused LoRA linear: bodies, shapes, derivatives. The formulas are in ``ops/linear.py``.
 
 Eager calls on plain tensors go straight to the bodies; a trace (compile, export, fake tensors) sees the registered ops,
 which have derivatives of their own: an exported graph can be trained.
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .. import pieces
-from ..checks import autocasting
-from ..derivatives import differentiable_backward, expressions_wanted
-from ..plan import Plan, plan_for
-from ..vendor import acc_dtype
+from . import pieces
+from .checks import autocasting
+from .derivatives import differentiable_backward, expressions_wanted
+from .plan import Plan, plan_for
+from .vendor import acc_dtype
 
 _library = torch.library.Library("fused_lora", "DEF")
 _library.define(
