@@ -1,4 +1,4 @@
-"""The two torch.library ops of the fused LoRA linear: bodies, shapes, derivatives. The formulas are in ``ops/linear.py``.
+"""The two torch.library ops of the fused LoRA linear: bodies, shapes, derivatives. For the formulas, ``ops/linear.py``.
 
 Eager calls on plain tensors go straight to the bodies; a trace (compile, export, fake tensors) sees the registered ops,
 which have derivatives of their own: an exported graph can be trained.
