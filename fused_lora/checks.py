@@ -6,6 +6,7 @@ x (..., K)   weight (N, K)   bias (N,)   lora_a (R, K)   lora_b (N, R)   lora_bi
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -56,6 +57,16 @@ def check_dtypes(**dtypes: Any) -> None:
 def autocasting(device_type: str) -> bool:
     """Whether autocast is on for this type of device; some, such as meta, have none."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast lowers nothing on this type of device."""
+    if torch._C._is_any_autocast_enabled() and autocasting(device.type):  # the name of a device takes longer to ask for
+        return torch.autocast(device.type, enabled=False)
+    return _NOTHING
 
 
 def autocast_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:

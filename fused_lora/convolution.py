@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_dtypes
+from .checks import check_dtypes, without_autocast
 from .layer import LoRALayer
 
 _Layer = TypeVar("_Layer", bound="LoRAConv")
@@ -137,7 +137,9 @@ class LoRAConv(LoRALayer):
         acc = torch.promote_types(self.lora_a.dtype, torch.float32)
         a = self.lora_a.to(acc).reshape(self.groups, self.r // self.groups, -1)  # (G, R/G, C·k)
         b = self.lora_b.to(acc).reshape(self.groups, -1, self.r // self.groups)  # (G, N/G, R/G)
-        return torch.bmm(b, a).mul_(self._scale).view(self.out_channels, *self.lora_a.shape[1:])
+        with without_autocast(a.device):
+            delta = torch.bmm(b, a)
+        return delta.mul_(self._scale).view(self.out_channels, *self.lora_a.shape[1:])
 
     def _add_delta(self, delta: Tensor) -> Tensor:
         G, sizes = self.groups, self.weight.shape[1:]  # sizes (C/G, k...)

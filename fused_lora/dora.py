@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .checks import without_autocast
 from .derivatives import expressions_wanted
 from .dropout import draw_seed, keep_mask, keep_scale
-from .layer import without_autocast
 from .ops.linear import FusedLoRALinear
 
 # Elements that are in the accumulation dtype at one time during a product with A.

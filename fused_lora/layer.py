@@ -6,7 +6,6 @@ weight. lora_b (of an embedding, lora_a) starts at zero, so a new layer is its b
 
 from __future__ import annotations
 
-import contextlib
 import math
 import numbers
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import as_number, autocasting, check_dtypes, check_switch
+from .checks import as_number, check_dtypes, check_switch, without_autocast
 from .dropout import check_p
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -80,11 +79,6 @@ def is_transformers_conv1d(module: nn.Module) -> bool:
     """Whether this is the linear layer of GPT-2, whose weight is stored (K, N). transformers need not be installed."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A context in which autocast lowers no product on this type of device."""
-    return torch.autocast(device.type, enabled=False) if autocasting(device.type) else contextlib.nullcontext()
 
 
 def _hollow_copy(module: nn.Module) -> nn.Module:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .checks import check_dtypes, check_operands, check_switch
+from .checks import check_dtypes, check_operands, check_switch, without_autocast
 from .derivatives import transformed
 from .dora import Adapter, Norms, dora_formula, dora_forward, row_norms
-from .layer import LoRALayer, check_init, default_adapter_dtype, is_transformers_conv1d, lora_scale, without_autocast
+from .layer import LoRALayer, check_init, default_adapter_dtype, is_transformers_conv1d, lora_scale
 from .ops.linear import lora_linear
 
 __all__ = ["LoRAEmbedding", "LoRALayer", "LoRALinear", "default_adapter_dtype", "lora_scale"]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .checks import _FLOATS, check_module, check_switch
-from .layer import default_adapter_dtype, lora_scale, without_autocast
+from .checks import _FLOATS, check_module, check_switch, without_autocast
+from .layer import default_adapter_dtype, lora_scale
 
 
 class LoRAParametrization(nn.Module):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import pieces
+from .checks import without_autocast
 from .derivatives import expressions_wanted
 from .peft_several import add_lowrank
 from .plan import Plan, plan_for
@@ -94,7 +95,7 @@ def mixed_linear(
     """y by the formulas above; ``factors``: a, b and lora_bias of each span by turns."""
     if torch.is_grad_enabled():
         return FusedMixedLinear.apply(x, weight, bias, order, constants, *factors)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return _forward(x, weight, bias, order, constants, factors)[0]
 
 
@@ -130,7 +131,7 @@ class FusedMixedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, order, constants, *factors):
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             y, kept = _forward(x, weight, bias, order, constants, factors)
         needed = [s if need else None for s, need in zip(kept, ctx.needs_input_grad[6::3], strict=True)]
         ctx.save_for_backward(x, weight, bias, order, *factors, *needed)
@@ -142,7 +143,7 @@ class FusedMixedLinear(torch.autograd.Function):
         x, weight, bias, order, *rest = ctx.saved_tensors
         count = 3 * len(ctx.constants.spans)
         factors, kept, needs = rest[:count], rest[count:], ctx.needs_input_grad
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy.device):
             if expressions_wanted(dy):
                 return _differentiable(dy, (x, weight, bias, order, None, *factors), needs, ctx.constants)
             return _gradients(dy, x, weight, bias, order, factors, kept, needs, ctx.constants)

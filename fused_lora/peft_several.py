@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import pieces
+from .checks import without_autocast
 from .derivatives import expressions_wanted
 from .dropout import keep_mask, keep_scale
 from .plan import Plan, plan_for
@@ -53,7 +54,7 @@ class FusedSeveralLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, b, lora_bias, constants, *factors):
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         plan = _plan(rows, weight, b.shape[1], constants, b.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             operand = pieces.operand(plan, rows)
             s = torch.cat([
                 pieces.shrink(_plan(rows, weight, a.shape[0], constants, a.dtype), operand, a, mask)
@@ -69,7 +70,7 @@ class FusedSeveralLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, b, lora_bias, s, *factors = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy.device):
             if expressions_wanted(dy):
                 inputs = (x, weight, bias, b, lora_bias, None, *factors)
                 return _differentiable(dy, inputs, needs, ctx.constants)

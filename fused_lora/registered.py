@@ -7,7 +7,6 @@ Autocast's choice of dtype is an argument of the ops, so that x and W are kept a
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import pieces
-from .checks import autocasting
+from .checks import without_autocast
 from .derivatives import differentiable_backward, expressions_wanted
 from .plan import Plan, plan_for
 from .vendor import acc_dtype
@@ -58,16 +57,6 @@ def _lowers(plan: Plan, recast: bool) -> bool:
         and facts.device.type == "cpu"
         and not plan.upcast
     )
-
-
-_NOTHING = contextlib.nullcontext()
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The bodies choose their dtypes themselves."""
-    if torch._C._is_any_autocast_enabled() and autocasting(device.type):  # the name of a device takes longer to ask for
-        return torch.autocast(device.type, enabled=False)
-    return _NOTHING
 
 
 def forward(

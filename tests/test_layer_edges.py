@@ -82,7 +82,7 @@ class TestMergedOfAComputedFactor:
         self.agrees(layer)
 
 
-@pytest.mark.parametrize("kind", ["linear", "embedding"])
+@pytest.mark.parametrize("kind", ["linear", "embedding", "convolution"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_rounds_no_update(kind, dtype):
     layer = MAKE[kind]()

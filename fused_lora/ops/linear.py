@@ -80,7 +80,7 @@ def lora_linear(
         weight: (N, K), frozen, in the dtype of x (or any but float64 under autocast).
         lora_a: (R, K), in the dtype the layer computes in, or float32 over bfloat16 and float16 (PEFT's default).
         lora_b: (N, R), same dtype as lora_a.
-        scale: float, or a 0-d tensor; a runtime value, so another scale compiles nothing.
+        scale: float, or a 0-d tensor. In a compiled graph a tensor is a runtime value, a float a constant of the graph.
         bias: (N,), frozen or trainable, or None.
         dropout_p: probability of zeroing an element of x before A, in [0, 1].
         training: dropout is applied only when True.

@@ -9,14 +9,13 @@ what changes while merged is followed. Users see the same: ``weight`` holds the 
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...checks import autocasting
+from ...checks import without_autocast
 from ...dropout import check_p
 from ...layer import check_alpha, check_rank
 from ...substitution import is_plain
@@ -83,8 +82,7 @@ class MergingLayer(LoRALayer, nn.Module):
     def _product(self, b: Tensor) -> Tensor:
         """scaling · b lora_A in float32 or wider, whatever autocast says."""
         acc = torch.promote_types(self.lora_A.dtype, torch.float32)
-        kind = b.device.type
-        with torch.autocast(kind, enabled=False) if autocasting(kind) else contextlib.nullcontext():
+        with without_autocast(b.device):
             return torch.mm(b.to(acc), self.lora_A.to(acc)) * self.scaling
 
     def train(self, mode: bool = True) -> MergingLayer:
