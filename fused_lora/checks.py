@@ -41,6 +41,15 @@ def check_switch(value: Any, name: str) -> bool:
     return bool(value)
 
 
+def check_bias(value: Any) -> bool:
+    """A layer's ``bias``; raise ``TypeError`` for a number: many a hand-written layer takes its rank in that place."""
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"bias must be True or False, got {type(value).__name__} {value!r}; the rank is a keyword: r={value!r}"
+        )
+    return value
+
+
 def check_module(value: Any, name: str = "model") -> None:
     """Raise ``TypeError`` unless ``value`` is a module."""
     if not isinstance(value, nn.Module):

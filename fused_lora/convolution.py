@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_dtypes, without_autocast
+from .checks import check_bias, check_dtypes, without_autocast
 from .layer import LoRALayer
 
 _Layer = TypeVar("_Layer", bound="LoRAConv")
@@ -91,7 +91,17 @@ class LoRAConv(LoRALayer):
     ):
         super().__init__(r, lora_alpha, lora_dropout, use_rslora)
         check_dtypes(dtype=dtype, adapter_dtype=adapter_dtype)
-        settings = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        settings = (
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            check_bias(bias),
+            padding_mode,
+        )
         self._adopt(self._wraps(*settings, device=device, dtype=dtype), adapter_dtype, init_lora_weights)
 
     @classmethod

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .checks import check_dtypes, check_operands, check_switch, without_autocast
+from .checks import check_bias, check_dtypes, check_operands, check_switch, without_autocast
 from .derivatives import transformed
 from .dora import Adapter, Norms, dora_formula, dora_forward, row_norms
 from .layer import LoRALayer, check_init, default_adapter_dtype, is_transformers_conv1d, lora_scale
@@ -70,7 +70,7 @@ class LoRALinear(LoRALayer):
         super().__init__(r, lora_alpha, lora_dropout, use_rslora)
         use_dora = check_switch(use_dora, "use_dora")
         check_dtypes(dtype=dtype, adapter_dtype=adapter_dtype)
-        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        linear = nn.Linear(in_features, out_features, check_bias(bias), device=device, dtype=dtype)
         self._adopt(linear, adapter_dtype, init_lora_weights)
         if use_dora:
             self._decompose()

@@ -52,6 +52,9 @@ SEVERAL_DTYPES = (
     "dropout='torch' is asked for, and several active adapters have different dtypes, which PEFT casts one by one"
 )
 SEVERAL_COMPILE = "several active adapters trained with dropout are fused in eager mode only"
+TORCH_COMPILE = (
+    "dropout='torch' is asked for, and its recomputation draws another mask in a graph compiled without AOTAutograd"
+)
 SEVERAL_DORA = "several adapters are active and one of them is DoRA"
 MIXED = "adapter_names is fused only without torch.compile, dropout and variants, for a list that fits the batch"
 INPUT = "x is not a plain dense tensor of the layer's width on the weights' device"
@@ -184,8 +187,10 @@ def discord(layer: Any, branches: list[Branch]) -> str | None:
     """Why the branches cannot be fused with each other and with the chosen dropout; None where they can."""
     torch_dropout = layer.__dict__.get("_fused_lora_dropout") == "torch"
     dora = any(branch.magnitude is not None for branch in branches)
+    dropout = any(branch.p for branch in branches)
+    if torch_dropout and dropout and not dora and torch.compiler.is_compiling():
+        return TORCH_COMPILE
     if len(branches) > 1:
-        dropout = any(branch.p for branch in branches)
         if dora:
             return SEVERAL_DORA
         if torch_dropout and dropout and any(branch.a.dtype != branches[0].a.dtype for branch in branches):

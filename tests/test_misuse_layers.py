@@ -266,3 +266,12 @@ def test_converters_take_numbers(convertor):
     model = fused_lora.apply_lora(torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4)}), CONFIG)
     with pytest.raises(TypeError, match="lora_alpha must be a number, got str '16'"):
         convertor(model, lora_alpha="16")
+
+
+@pytest.mark.parametrize("bias", [4, 1, "no", None])
+def test_a_rank_in_the_place_of_the_bias_is_named(bias):
+    """torchtune's layer and many a hand-written one take the rank third."""
+    with pytest.raises(TypeError, match=rf"bias must be True or False, got .*{bias}.*r={bias!r}"):
+        fused_lora.LoRALinear(64, 64, bias)
+    with pytest.raises(TypeError, match="bias must be True or False"):
+        fused_lora.LoRAConv2d(3, 4, 1, bias=bias)

@@ -290,3 +290,21 @@ def test_a_plain_adapter_beside_an_alora_is_fused(mixed, monkeypatch):
     names = {"adapter_names": ["plain"] * len(X)} if mixed else {}
     ours.base_model.model.v.eval()(X, alora_offsets=[1] * len(X), **names)
     assert called == []
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("config", [{}, {"lora_bias": True}, {"adapters": 2}], ids=str)
+def test_torchs_dropout_in_a_compiled_graph_is_one_mask(config, backend):
+    """The forward and the backward of a graph that torch's checkpointing runs eagerly inside draw two."""
+    model = peft_model(lora_dropout=0.5, **config)
+    ours, _ = patched_copy(model, dropout="torch")
+    found = []
+    for m in (ours, model):
+        torch._dynamo.reset()
+        torch.manual_seed(5)
+        x = X.clone().requires_grad_()
+        y = torch.compile(m, backend=backend)(x)
+        y.backward(DY)
+        found.append([y, x.grad, *(p.grad for p in m.parameters() if p.requires_grad)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
