@@ -3,17 +3,23 @@
     python bench/report.py                              bench/results/*.json -> docs/performance.md, plots, README.md
     python bench/report.py out.json --output report     any files -> report/performance.md and its plots
 
-Every table and plot names its file. A kind of JSON is reported by the module that writes it: ``sections`` gives its
-Markdown, ``figures`` (if there) draws, ``summary`` (if there) gives the two cells of its row in the README.
+Every table and plot names its file, with as many of its folders as tell it from the others. A kind of JSON is reported
+by the module that writes it: ``sections`` gives its Markdown, ``figures`` (if there) draws, ``summary`` (if there)
+gives the two cells of its row in the README.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import quote
 
 from markdown import heading, table
 
@@ -43,7 +49,7 @@ def _environment(content: dict) -> dict:
     return content.get("machine_info", content)
 
 
-def load(path: Path) -> tuple[str, dict, ModuleType]:
+def load(path: Path, name: str) -> tuple[str, dict, ModuleType]:
     """(name, content, the module that reports it).
 
     Raises:
@@ -53,7 +59,18 @@ def load(path: Path) -> tuple[str, dict, ModuleType]:
     kind = _kind(content) if isinstance(content, dict) else ""
     if kind not in _MODULES:
         raise ValueError(f"{path} was not written by a benchmark that can be reported ({', '.join(_MODULES)})")
-    return path.name, content, importlib.import_module(_MODULES[kind])
+    return name, content, importlib.import_module(_MODULES[kind])
+
+
+def named(paths: list[Path]) -> dict[str, Path]:
+    """Each file once, under the shortest end of its path that no other has: out.json, or old/out.json."""
+    files = {Path(os.path.abspath(path)).parts[1:]: path for path in paths}
+    names = {}
+    for parts, path in files.items():
+        lengths = itertools.count(1)
+        length = next(n for n in lengths if sum(other[-n:] == parts[-n:] for other in files) == 1)
+        names["/".join(parts[-length:])] = path
+    return names
 
 
 def _in_order(files: list[tuple[str, dict, ModuleType]]) -> list[tuple[str, dict, ModuleType]]:
@@ -76,22 +93,35 @@ def report(files: list[tuple[str, dict, ModuleType]], page: Path, pictures: Path
     if not _on_gpu(files):
         lines += [NO_GPU, ""]
     pictures.mkdir(parents=True, exist_ok=True)
+    drawn: set[Path] = set()
     for name, content, module in files:
         lines += [*heading(_environment(content), name), ""]
-        for picture in _draw(module, content, name, pictures):
-            lines += [f"![{name}]({picture.relative_to(page.parent).as_posix()})", ""]
+        for picture in _draw(module, content, name, pictures, drawn):
+            lines += [f"![{name}]({quote(picture.relative_to(page.parent).as_posix())})", ""]
         lines += module.sections(content, name)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _draw(module: ModuleType, content: dict, name: str, folder: Path) -> list[Path]:
+def _draw(module: ModuleType, content: dict, name: str, pictures: Path, drawn: set[Path]) -> list[Path]:
+    """The plots of one file, in the folders of its name; none takes the place of one in ``drawn``, which grows."""
     if not hasattr(module, "figures"):
         return []
-    try:
-        return module.figures(content, name, folder)
-    except ImportError:
-        print(f"no plot of {name}: matplotlib is not installed")
-        return []
+    placed = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            fresh = module.figures(content, name, Path(folder))
+        except ImportError:
+            print(f"no plot of {name}: matplotlib is not installed")
+            return []
+        for picture in fresh:
+            place = pictures / Path(name).with_name(picture.name)
+            if place in drawn:  # x.json and x.txt, or a plot of x.json and x-tax.json, have one name
+                place = pictures / name / picture.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(picture, place)
+            drawn.add(place)
+            placed.append(place)
+    return placed
 
 
 def readme_block(files: list[tuple[str, dict, ModuleType]]) -> list[str]:
@@ -130,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     paths = options.files or sorted((ROOT / "bench" / "results").glob("*.json"))
     if not options.files:
         paths = [path for path in paths if _kind(json.loads(path.read_text())) != _TABLE]
-    files = _in_order([load(path) for path in paths])
+    files = _in_order([load(path, name) for name, path in named(paths).items()])
     page = (options.output or ROOT / "docs") / "performance.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(report(files, page, page.parent / "performance"))

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,15 +138,49 @@ def test_report_refuses_other_json(tmp_path, bench):
     path = tmp_path / "other.json"
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"other\.json was not written by a benchmark"):
-        bench("report").load(path)
+        bench("report").load(path, "other.json")
+
+
+def one_cell(linear, ratio: float) -> dict:
+    """A JSON of ``paired.py`` with one cell, where ours takes ``ratio`` of PEFT's time."""
+    spread = {"q1": ratio - 0.1, "q3": ratio + 0.1, "rounds": 5}
+    case = {"set": "m", "linear": "q", "count": 1, "M": 8, "K": 4, "N": 4, "regime": "fp32", "p": 0.0, "rank": 8}
+    case |= {"mode": "forward", "kept_bytes": {}, "seconds": {"ours": {"median": 1.0, "rounds": 5}}}
+    cell = {**case, "vs_peft": {"ours": {**spread, "median": ratio}}, "self": {**spread, "median": 1.0}}
+    return {"kind": linear.PAIRED, "left_out": {}, "cells": [cell], "device": "cpu", "date": "2026-01-02T03:04"}
+
+
+def test_files_of_one_name_have_sections_and_plots_of_their_own(tmp_path, bench):
+    pytest.importorskip("matplotlib")
+    report, linear = bench("report"), bench("report_linear")
+    files = {"old/out.json": 0.5, "new/out.json": 0.8, "new/out.txt": 0.9, "more/alone.json": 0.7}
+    for name, ratio in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(one_cell(linear, ratio)))
+    again = tmp_path / "new" / ".." / "old" / "out.json"  # the first once more
+    report.main([*(str(tmp_path / name) for name in files), str(again), "--output", str(tmp_path / "report")])
+    page = (tmp_path / "report" / "performance.md").read_text()
+    headings = [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")]
+    assert headings == ["alone.json", "new/out.json", "old/out.json", "out.txt"]
+    plots = re.findall(r"!\[(.*)\]\((.*)\)", page)
+    assert plots == [(name, f"performance/{name.rpartition('.')[0]}.png") for name in headings]
+    pictures = {(tmp_path / "report" / plot).read_bytes() for _, plot in plots}
+    assert len(pictures) == len(files)
+
+
+def test_a_plot_never_takes_the_place_of_another(tmp_path, bench):
+    pytest.importorskip("matplotlib")
+    report, linear = bench("report"), bench("report_linear")
+    files = [("out.json", one_cell(linear, 0.5), linear), ("out.txt", one_cell(linear, 0.8), linear)]
+    page = report.report(files, tmp_path / "page.md", tmp_path / "plots")
+    assert "![out.json](plots/out.png)" in page
+    assert "![out.txt](plots/out.txt/out.png)" in page
+    assert (tmp_path / "plots/out.png").read_bytes() != (tmp_path / "plots/out.txt/out.png").read_bytes()
 
 
 def test_readme_holds_a_row_for_each_file_and_keeps_the_rest(tmp_path, bench):
     report, linear = bench("report"), bench("report_linear")
-    ratio = {"median": 0.8, "q1": 0.7, "q3": 0.9, "rounds": 5}
-    case = {"mode": "forward", "M": 8, "regime": "fp32", "kept_bytes": {}, "seconds": {}}
-    cell = {**case, "vs_peft": {"ours": ratio}, "self": {**ratio, "median": 1.0}}
-    content = {"kind": linear.PAIRED, "left_out": {}, "cells": [cell], "device": "cpu", "date": "2026-01-02T03:04"}
+    content = one_cell(linear, 0.8)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report._START}\nold\n{report._END}\nafter\n")
     report.write_readme(readme, report.readme_block([("a.json", content, linear)]))
