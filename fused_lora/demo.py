@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .demo_report import Report
 
 FIGURE_FILE = "fused-lora-demo.png"
-BASE_NAME = "fused-lora demo"  # in the adapter's config: tells the demo's own adapter from a user's
+BASE_NAME = "fused-lora demo"  # in the adapter's config and the figure: tells the demo's own files from a user's
 # (name on the package index, import name)
 _PACKAGES = (
     ("scikit-learn", "sklearn"),
@@ -88,7 +88,7 @@ def check(settings: Settings) -> None:
     """Find what would stop the demo, before any work; makes the output folder.
 
     Raises:
-        ValueError: a value out of range, an unusable device, or an output folder that holds somebody's adapter.
+        ValueError: a value out of range, an unusable device, or an output folder that holds somebody's files.
         ModuleNotFoundError: a package of the ``demo`` extra is missing.
         OSError: the output folder cannot be made.
     """
@@ -107,8 +107,8 @@ def check(settings: Settings) -> None:
         raise ModuleNotFoundError(f"the demo needs {', '.join(missing)}: pip install 'fused-lora[demo]'")
     if settings.out.exists() and not settings.out.is_dir():
         raise ValueError(f"out must be a folder, {settings.out} is a file: choose another with --out")
-    there = [path for path in (settings.out / CONFIG_FILE, settings.out / WEIGHTS_FILE) if os.path.lexists(path)]
-    if there and not _is_ours(settings.out):
+    there = _not_ours(settings.out)
+    if there:
         raise ValueError(f"{there[0]} is not this demo's and stays as it is: choose another folder with --out")
     settings.out.mkdir(parents=True, exist_ok=True)
 
@@ -146,7 +146,7 @@ def run(settings: Settings) -> int:
     report.claims(claims)
     report.errors(digits.errors(adapted, data.domain, settings.dropout, settings.seed))
     report.step_times(_time_steps(report, base, data.domain, settings))
-    report.figure(figure, settings.digit, history)
+    report.figure(figure, BASE_NAME, settings.digit, history)
     report.line(
         f"\nWrote {settings.out / WEIGHTS_FILE}\n  and {figure}\nTotal time {time.perf_counter() - start:.1f} s"
     )
@@ -214,9 +214,15 @@ def _reload(folder: Path, frozen: dict[str, Tensor], device: torch.device) -> nn
     return fresh
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether an existing adapter was written by the demo."""
+def _not_ours(folder: Path) -> list[Path]:
+    """What the demo would overwrite in ``folder`` though it did not write it."""
+    from .demo_report import drawn_by
+
+    figure = folder / FIGURE_FILE
+    adapter = [path for path in (folder / CONFIG_FILE, folder / WEIGHTS_FILE) if os.path.lexists(path)]
     try:
-        return read_adapter(folder).config.get("base_model_name_or_path") == BASE_NAME
+        ours = bool(adapter) and read_adapter(folder).config.get("base_model_name_or_path") == BASE_NAME
     except AdapterError:
-        return False
+        ours = False
+    foreign = [] if ours else adapter
+    return [*foreign, figure] if os.path.lexists(figure) and not drawn_by(figure, BASE_NAME) else foreign

@@ -129,8 +129,8 @@ class Report:
         title = f"One training step of the network, {len(times)} interleaved rounds"
         self._table(title, "", "median", "lower quartile", "upper quartile", rows=rows)
 
-    def figure(self, path: Path, digit: int, history: list[list[float]]) -> None:
-        """Accuracy per digit before and after, and the course of fine-tuning, as a PNG."""
+    def figure(self, path: Path, maker: str, digit: int, history: list[list[float]]) -> None:
+        """Accuracy per digit before and after, and the course of fine-tuning, as a PNG that names its ``maker``."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -149,8 +149,18 @@ class Report:
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
             axes.spines["left"].set_bounds(0, 1)
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, metadata={"Source": maker})
         plt.close(figure)
+
+
+def drawn_by(path: Path, maker: str) -> bool:
+    """Whether a file is a PNG that matplotlib saved with ``metadata={"Source": maker}``; ``maker`` in Latin-1."""
+    text = b"Source\0" + maker.encode("latin-1")
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(4096)  # texts stand before the pixels
+    return start.startswith(b"\x89PNG\r\n\x1a\n") and len(text).to_bytes(4, "big") + b"tEXt" + text in start
 
 
 def _spread(name: str, values: list[float]) -> tuple[str, ...]:

@@ -154,6 +154,23 @@ def test_demo_overwrites_its_own_files_and_no_others(finished, capsys, tmp_path)
         assert foreign.read_bytes() == kept
 
 
+def test_demo_overwrites_no_other_figure(finished, capsys, tmp_path):
+    figure = tmp_path / demo.FIGURE_FILE
+    figure.write_bytes((finished[1] / demo.FIGURE_FILE).read_bytes())
+    demo.check(demo.Settings(out=tmp_path))  # its own, copied
+    for write in (lambda: plain_figure(figure), lambda: figure.write_text("notes")):
+        write()
+        kept = figure.read_bytes()
+        assert "is not this demo's" in refused(capsys, "demo", "--out", str(tmp_path))
+        assert figure.read_bytes() == kept
+
+
+def plain_figure(path):
+    from matplotlib.figure import Figure
+
+    Figure().savefig(path)
+
+
 def little_training(seed):
     torch.manual_seed(seed)
     data = digits.load(8, seed, CPU)
