@@ -8,10 +8,12 @@ stderr says why).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -107,10 +109,23 @@ def _model(name: str, parser: argparse.ArgumentParser) -> nn.Module:
     module, colon, factory = name.partition(":")
     try:
         if colon and not Path(name).exists():
-            return _made_by(module, factory)
+            with _arguments_of(name):
+                return _made_by(module, factory)
         return _transformers_model(name)
+    except SystemExit as error:  # let through, exit(0) would read as an adapter without a finding
+        parser.error(f"--model {name}: it ends the program (SystemExit: {error}) instead of giving a model")
     except Exception as error:  # whatever the user's code or transformers raise, one line says it
         parser.error(f"--model {name}: {type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def _arguments_of(program: str) -> Iterator[None]:
+    """A command line without arguments: a module that reads its own on import must not read ours."""
+    ours, sys.argv = sys.argv, [program]
+    try:
+        yield
+    finally:
+        sys.argv = ours
 
 
 def _made_by(module: str, factory: str) -> nn.Module:

@@ -1,0 +1,56 @@
+"""The command ``check``, and what ends any command early: code of a model that exits, a closed pipe, a full disk."""
+
+import sys
+
+import adapter_nets as nets
+import pytest
+from test_cli import refused
+
+from fused_lora import LoRAConfig, apply_lora, cli, save_adapter
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_adapter(apply_lora(nets.make_net(), LoRAConfig(target_modules=["up"])), tmp_path / "adapter")
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    """Write the user's module ``users_model``, which is imported from the current folder."""
+    monkeypatch.chdir(tmp_path)
+    yield (tmp_path / "users_model.py").write_text
+    sys.modules.pop("users_model", None)
+
+
+# ---- --model module:factory
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import sys\ndef make(): sys.exit(0)\n",
+        "import sys\nsys.exit(0)\n",
+        "import sys\ndef make(): sys.exit('no weights here')\n",
+    ],
+    ids=["factory", "import", "with words"],
+)
+def test_a_model_whose_code_exits_cannot_be_made(capsys, folder, user_module, text):
+    user_module(text)
+    message = refused(capsys, "check", str(folder), "--model", "users_model:make")
+    assert "--model users_model:make" in message
+    assert ("no weights here" if "no weights" in text else "SystemExit: 0") in message
+
+
+def test_a_models_module_does_not_read_the_commands_arguments(capsys, folder, user_module, monkeypatch):
+    arguments = ["check", str(folder), "--model", "users_model:make"]
+    monkeypatch.setattr(sys, "argv", ["fused-lora", *arguments])
+    user_module(
+        "import argparse, adapter_nets\n"
+        "parser = argparse.ArgumentParser()\nparser.add_argument('--model', default='small')\n"
+        "on_import = parser.parse_args().model\n"
+        "def make():\n    assert (on_import, parser.parse_args().model) == ('small', 'small')\n"
+        "    return adapter_nets.make_net()\n"
+    )
+    assert cli.main(arguments) == 0
+    assert "nothing is wrong" in capsys.readouterr().out
+    assert sys.argv == ["fused-lora", *arguments]
