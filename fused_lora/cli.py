@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__, demo, doctor
-from .adapters import AdapterError, check_adapter
+from .adapters import check_adapter
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,7 +98,7 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     model = None if args.model is None else _model(args.model, parser)
     try:
         report = check_adapter(args.path, model, subfolder=args.subfolder, follow_symlinks=args.follow_symlinks)
-    except (AdapterError, ModuleNotFoundError) as error:
+    except (TypeError, ValueError, ModuleNotFoundError) as error:  # AdapterError is a ValueError
         parser.error(str(error))
     print(report)
     return 0 if report.ok else 1

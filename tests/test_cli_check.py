@@ -54,3 +54,8 @@ def test_a_models_module_does_not_read_the_commands_arguments(capsys, folder, us
     assert cli.main(arguments) == 0
     assert "nothing is wrong" in capsys.readouterr().out
     assert sys.argv == ["fused-lora", *arguments]
+
+
+@pytest.mark.parametrize("args", [["check", ""], ["check", "adapter", "--subfolder", ""]], ids=["path", "subfolder"])
+def test_an_empty_path_is_a_mistake_on_the_command_line(capsys, args):
+    assert "''" in refused(capsys, *args)
