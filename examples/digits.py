@@ -18,10 +18,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from _pictures import CLASSES, DATA_HELP, PIXELS, Pictures, load
-from _show import BLUE, GREY, ORANGE, figure, progress, table
+from _show import BLUE, GREY, ORANGE, figure, make_room, progress, sign, table
 from torch import Tensor, nn
 
 from fused_lora import LoRAConfig, apply_lora, count_parameters, load_adapter, lora_layers, lora_report, save_adapter
+
+MAKER = "fused-lora examples/digits.py"  # its signature in what it writes
 
 
 def build() -> nn.Sequential:
@@ -107,6 +109,7 @@ def run(args: argparse.Namespace) -> Result:
     switch(network, on=True)
 
     save_adapter(network, args.out / "adapter", overwrite=True)
+    sign(args.out / "adapter", MAKER)
     fresh = build().to(args.device)
     fresh.load_state_dict(frozen)
     load_adapter(fresh, args.out / "adapter")
@@ -137,7 +140,7 @@ def report(result: Result, digit: int, path: Path) -> None:
     columns = ["digit", "test pictures", "base", "with LoRA", "LoRA switched off"]
     table("Test pictures taken for another digit", columns, rows)
     table("Bit for bit", ["claim", "holds"], [(c, "yes" if holds else "NO") for c, holds in result.claims.items()])
-    with figure(path, size=(8, 4.2)) as (axes,):
+    with figure(path, MAKER, size=(8, 4.2)) as (axes,):
         for shift, name, errors in ((-0.2, "base network", result.base), (0.2, "with LoRA", result.tuned)):
             right = [1 - e / max(n, 1) for e, n in zip(errors, result.sizes, strict=True)]
             color = GREY if shift < 0 else BLUE
@@ -165,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.base_steps = 40 if args.quick else 300
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        make_room(args.out, ("adapter", "digits.png"), MAKER)
         result = run(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))

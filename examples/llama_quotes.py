@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from _measures import Tags, best_constant, score
 from _offline import Quote, byte_tokenizer, general_text, quotes
-from _show import BLUE, GREY, figure, progress, table
+from _show import BLUE, GREY, figure, make_room, progress, sign, table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fused_lora import LoRAConfig, apply_lora, count_parameters, load_adapter, lora_layers, save_adapter
 
+MAKER = "fused-lora examples/llama_quotes.py"  # its signature in what it writes
 SEPARATOR = " | tags:"
 FIRST_SCALE = 0.125
 IGNORED = -100  # the label of tokens that the loss leaves out
@@ -177,6 +178,7 @@ def run(args: argparse.Namespace) -> Result:
             train_epoch(model, optimizer, [(row, row) for row in rows], rng, f"base model, epoch {epoch + 1}")
         model.save_pretrained(base)
         tokenizer.save_pretrained(base)
+        sign(base, MAKER)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base).to(args.device).eval()
 
@@ -193,6 +195,7 @@ def run(args: argparse.Namespace) -> Result:
         written.append(write_tags(model, tokenizer, asked))
 
     save_adapter(model, args.out / "adapter", overwrite=True)
+    sign(args.out / "adapter", MAKER)
     fresh = AutoModelForCausalLM.from_pretrained(base).to(args.device).eval()
     load_adapter(fresh, args.out / "adapter")
     off, on, loaded = (logits(m, tokenizer, asked, lora) for m, lora in ((model, False), (model, True), (fresh, True)))
@@ -222,7 +225,7 @@ def report(result: Result, path: Path) -> None:
     table("Some of them", ["quote", "tags", "written"], shown[:6], 3)
     table("Bit for bit", ["claim", "holds"], [(c, "yes" if holds else "NO") for c, holds in result.claims.items()])
 
-    with figure(path) as (axes,):
+    with figure(path, MAKER) as (axes,):
         f1, low, high = torch.tensor([step[2:] for step in course]).T
         error = torch.stack([f1 - low, high - f1]).clamp(min=0).tolist()
         axes.errorbar(range(len(f1)), f1.tolist(), error, color=BLUE, marker="o", capsize=3, label="micro-F1, 95 %")
@@ -249,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.lr = args.lr or (2e-4 if args.model else 3e-3)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        make_room(args.out, ("adapter", "tags.png", *([] if args.model else ["base"])), MAKER)
         result = run(args)
     except (ValueError, OSError) as error:  # a file or column that is not there, a model that is not
         parser.error(str(error))

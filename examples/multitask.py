@@ -18,12 +18,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from _pictures import CLASSES, DATA_HELP, PIXELS, SIDE, Pictures, load
-from _show import figure, progress, table
+from _show import MADE_BY, figure, make_room, progress, table
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fused_lora import count_parameters
 from fused_lora.tasks import Model
+
+MAKER = "fused-lora examples/multitask.py"  # its signature in what it writes
 
 
 class Redraw(nn.Module):
@@ -159,7 +161,8 @@ def evaluate(model: Model, plain: Tensor, unseen: Pictures, claims: dict[str, bo
 def survives(model: Model, style: str, base: dict[str, Tensor], data: Pictures, args: argparse.Namespace) -> bool:
     """Save one task, load it into a fresh network that has no other, and compare the outputs."""
     file = args.out / f"{style}.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict(task=style).items()}, file)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict(task=style).items()}
+    save_file(tensors, file, {MADE_BY: MAKER})
     fresh = Model(Redraw(), r=args.rank, lora_alpha=2 * args.rank).to(args.device).add_task(style)
     fresh.load_state_dict(base)
     fresh.load_state_dict(load_file(file), task=style)
@@ -173,7 +176,7 @@ def report(result: Result, path: Path) -> None:
     table(title, ["wanted", "run", "distance"], rows, 2)
     print(f"A task per row against each row run alone: largest difference {result.rows_differ:.1e}")
     table("Bit for bit", ["claim", "holds"], [(c, "yes" if holds else "NO") for c, holds in result.claims.items()])
-    with figure(path, panels=len(result.pictures), size=(1.7, 4.6)) as panels:
+    with figure(path, MAKER, panels=len(result.pictures), size=(1.7, 4.6)) as panels:
         for axes, (name, images) in zip(panels, result.pictures.items(), strict=True):
             axes.imshow(images[:4].cpu().view(4 * SIDE, SIDE).numpy(), cmap="gray_r", vmin=0, vmax=1)
             axes.set_title(name, fontsize=10)
@@ -193,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.rounds, args.base_steps = args.rounds or (40 if args.quick else 400), 100 if args.quick else 600
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        make_room(args.out, (*(f"{style}.safetensors" for style in STYLES), "styles.png"), MAKER)
         result = run(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))

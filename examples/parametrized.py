@@ -18,13 +18,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from _pictures import DATA_HELP, PIXELS, SIDE, load
-from _show import figure, progress, table
+from _show import MADE_BY, figure, make_room, progress, table
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fused_lora import count_parameters
 from fused_lora.parametrize import lora_parametrize, lora_unparametrize, set_lora_enabled
 
+MAKER = "fused-lora examples/parametrized.py"  # its signature in what it writes
 HIDDEN = 880
 
 
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> Result:
     set_lora_enabled(network, True)
 
     file = args.out / "adapter.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in adapter(network).items()}, file)
+    save_file({name: tensor.contiguous() for name, tensor in adapter(network).items()}, file, {MADE_BY: MAKER})
     fresh, restored, merged = (build().to(args.device) for _ in range(3))
     for copy in (fresh, restored, merged):
         copy.load_state_dict(base_state)
@@ -149,7 +150,7 @@ def report(result: Result, path: Path) -> None:
         "Distance of the held-out pictures from the clean ones (root mean square)", ["", "light", "distance"], rows, 2
     )
     table("Bit for bit", ["claim", "holds"], [(c, "yes" if holds else "NO") for c, holds in result.claims.items()])
-    with figure(path, panels=len(result.pictures), size=(2.6, 3.0)) as panels:
+    with figure(path, MAKER, panels=len(result.pictures), size=(2.6, 3.0)) as panels:
         for axes, (name, images) in zip(panels, result.pictures.items(), strict=True):
             tiles = images[:9].cpu().view(3, 3, SIDE, SIDE).transpose(1, 2).reshape(3 * SIDE, 3 * SIDE).numpy()
             axes.imshow(tiles, cmap="gray_r", vmin=0, vmax=1)
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.steps, args.base_steps = args.steps or (60 if args.quick else 300), 60 if args.quick else 400
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        make_room(args.out, ("adapter.safetensors", "cleaned.png"), MAKER)
         result = run(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -22,11 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from _measures import mcnemar, wilson
 from _offline import Line, byte_tokenizer, game_chat, general_speech
-from _show import BLUE, GREY, figure, progress, table
+from _show import BLUE, GREY, figure, make_room, progress, sign, table
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from fused_lora import LoRAConfig, apply_lora, count_parameters, load_adapter, lora_layers, save_adapter
+
+MAKER = "fused-lora examples/t5_toxicity.py"  # its signature in what it writes
 
 
 def add_lora(model: torch.nn.Module, rank: int = 8) -> torch.nn.Module:
@@ -150,6 +152,7 @@ def run(args: argparse.Namespace) -> Result:
         )
         model.save_pretrained(base)
         tokenizer.save_pretrained(base)
+        sign(base, MAKER)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForSeq2SeqLM.from_pretrained(base).to(args.device).eval()
 
@@ -160,6 +163,7 @@ def run(args: argparse.Namespace) -> Result:
     after, tuned_logits = answers(model, tokenizer, unseen), logits(model, tokenizer, unseen)
 
     save_adapter(model, args.out / "adapter", overwrite=True)
+    sign(args.out / "adapter", MAKER)
     fresh = AutoModelForSeq2SeqLM.from_pretrained(base).to(args.device).eval()
     load_adapter(fresh, args.out / "adapter")
     off, loaded = logits(model, tokenizer, unseen, lora=False), logits(fresh, tokenizer, unseen)
@@ -189,7 +193,7 @@ def report(result: Result, path: Path) -> None:
     table("Some answers that changed", ["line", "label", "before", "after"], asked[:: len(asked) // 6 + 1], 4)
     table("Bit for bit", ["claim", "holds"], [(c, "yes" if holds else "NO") for c, holds in result.claims.items()])
 
-    with figure(path, panels=2) as (bars, course):
+    with figure(path, MAKER, panels=2) as (bars, course):
         for i, color, name in ((0, GREY, "base model"), (1, BLUE, "with LoRA")):
             share, low, high = torch.tensor([pair[i] for pair in shares]).T
             error = torch.stack([share - low, high - share]).clamp(min=0).tolist()
@@ -225,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     args.steps, args.base_steps = args.steps or (150 if args.quick else 400), 120 if args.quick else 300
     args.lr = args.lr or (1e-3 if args.model else 3e-3)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        make_room(args.out, ("adapter", "answers.png", *([] if args.model else ["base"])), MAKER)
         result = run(args)
     except (ValueError, OSError) as error:  # a file or column that is not there, a model that is not
         parser.error(str(error))

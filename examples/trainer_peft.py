@@ -31,11 +31,12 @@ from typing import Any, NamedTuple
 
 import torch
 from _offline import byte_tokenizer, general_speech
-from _show import BLUE, GREY, ORANGE, figure, progress, table
+from _show import BLUE, GREY, ORANGE, figure, make_room, progress, table
 from torch import Tensor
 
 from fused_lora import patch_peft
 
+MAKER = "fused-lora examples/trainer_peft.py"  # its signature in what it writes
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Two-sided 99 % quantile of Student's t, by degrees of freedom; 2.58 is the normal's.
 _STUDENT = (63.66, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25, 3.17, 3.11, 3.05, 3.01, 2.98, 2.95)
@@ -247,7 +248,7 @@ def judge(curves: dict[Run, list[float]], options: argparse.Namespace) -> list[l
 
 def draw(curves: dict[Run, list[float]], options: argparse.Namespace, path: Path) -> None:
     """The curves without checkpointing: one panel per dropout."""
-    with figure(path, panels=2) as axes:
+    with figure(path, MAKER, panels=2) as axes:
         for ax, dropout in zip(axes, (0.0, options.dropout), strict=True):
             for way, color, style in (("exact", GREY, "-"), ("peft", ORANGE, "-"), ("patched", BLUE, "--")):
                 shown = [losses for run, losses in curves.items() if run[:3] == (way, dropout, False)]
@@ -280,6 +281,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.steps, options.seeds, options.batch = 6, 2, 4
     if options.seeds < 2 or not 0 < options.dropout < 1 or options.steps < 1:
         parser.error("at least 2 seeds and 1 step are needed, and a dropout between 0 and 1")
+    try:
+        make_room(options.output.parent, [options.output.name], MAKER)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     return options
 
 

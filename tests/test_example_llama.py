@@ -169,8 +169,9 @@ def test_tags_are_learnt_clearly(finished):
     assert "LoRA, epoch 5, scale 2" in err, "a progress bar"
 
 
-def test_claims_and_files(finished):
+def test_claims_and_files(llama, finished):
     out, _, folder = finished
+    llama.make_room(folder, ["adapter", "base", "tags.png"], llama.MAKER)  # a second run is welcome
     assert re.search(r"with LoRA switched off the outputs are the base model's +yes", out)
     assert re.search(r"the saved adapter gives a fresh base model the same outputs +yes", out)
     assert (folder / "tags.png").read_bytes().startswith(b"\x89PNG")

@@ -115,8 +115,9 @@ def test_lora_teaches_the_game_clearly(finished):
     assert "LoRA alone" in err, "a progress bar"
 
 
-def test_claims_and_files(finished):
+def test_claims_and_files(t5, finished):
     out, _, folder = finished
+    t5.make_room(folder, ["adapter", "base", "answers.png"], t5.MAKER)  # a second run is welcome
     assert re.search(r"with LoRA switched off the outputs are the base model's +yes", out)
     assert re.search(r"the saved adapter gives a fresh base model the same outputs +yes", out)
     assert (folder / "answers.png").read_bytes().startswith(b"\x89PNG")

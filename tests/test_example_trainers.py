@@ -36,6 +36,15 @@ def test_it_runs_and_shows_what_it_did(example, tmp_path, capsys):
     assert shown.count("not judged") == 2  # four losses are too few for the accuracy rule
     assert shown.count("yes") == 2
     assert path.read_bytes().startswith(b"\x89PNG")
+    example.parse(["--output", str(path)])  # a second run is welcome
+
+
+def test_a_users_own_figure_stays(example, tmp_path, capsys):
+    (tmp_path / "curves.png").write_text("a user's")
+    with pytest.raises(SystemExit):
+        example.parse(["--output", str(tmp_path / "curves.png")])
+    assert "is not this script's" in capsys.readouterr().err
+    assert (tmp_path / "curves.png").read_text() == "a user's"
 
 
 @pytest.mark.parametrize("trainer", ["transformers", "trl"])

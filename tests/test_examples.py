@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fused_lora import count_parameters, lora_layers
@@ -180,6 +181,56 @@ class TestPictures:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_same_seed_prints_the_same(run, name):
     assert run(name) == run(name, again=True)
+
+
+WRITTEN = {
+    "digits": ("adapter", "digits.png"),
+    "multitask": ("bold.safetensors", "slanted.safetensors", "framed.safetensors", "styles.png"),
+    "parametrized": ("adapter.safetensors", "cleaned.png"),
+    "llama_quotes": ("adapter", "base", "tags.png"),
+    "t5_toxicity": ("adapter", "base", "answers.png"),
+}
+
+
+@pytest.mark.parametrize(("name", "written"), [(name, file) for name, files in WRITTEN.items() for file in files])
+def test_a_users_own_files_stay(example, tmp_path, capsys, name, written):
+    """Whatever a script would write over: refused before any training."""
+    target = file = tmp_path / written
+    if not file.suffix:
+        target.mkdir()
+        file = target / ("model.safetensors" if written == "base" else "adapter_model.safetensors")
+    if file.suffix == ".png":
+        Figure().savefig(file)
+    else:
+        save_file({"a": torch.ones(1)}, file)
+    kept = file.read_bytes()
+    with pytest.raises(SystemExit) as caught:
+        example(name).main(["--quick", "--out", str(tmp_path)])
+    assert caught.value.code == 2
+    assert f"{target} is not this script's" in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+    assert file.read_bytes() == kept
+
+
+def test_what_counts_as_a_scripts_own(example, tmp_path):
+    show = example("_show")
+    (tmp_path / "adapter").mkdir()
+    show.make_room(tmp_path, ["adapter", "none.png"], "me")
+    save_file({"a": torch.ones(2)}, tmp_path / "adapter" / "x.safetensors", {"format": "pt"})
+    assert not show.signed(tmp_path / "adapter", "me")
+    show.sign(tmp_path / "adapter", "me")
+    assert show.signed(tmp_path / "adapter", "me")
+    assert not show.signed(tmp_path / "adapter", "you")
+    assert load_file(tmp_path / "adapter" / "x.safetensors")["a"].tolist() == [1, 1]
+    (tmp_path / "adapter" / "y.safetensors").write_text("notes")
+    assert not show.signed(tmp_path / "adapter", "me")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "pytorch_model.bin").write_text("weights of another kind")
+    assert not show.signed(tmp_path / "notes", "me")
+    with show.figure(tmp_path / "a.png", "me"):
+        pass
+    assert show.signed(tmp_path / "a.png", "me")
+    assert not show.signed(tmp_path / "a.png", "m")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
