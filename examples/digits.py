@@ -166,6 +166,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo-output/digits"), help="folder (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="less training of the base network")
     args = parser.parse_args(argv)
+    if args.shown < 0:
+        parser.error(f"--shown must be at least 0, got {args.shown}")
     args.base_steps = 40 if args.quick else 300
     try:
         make_room(args.out, ("adapter", "digits.png"), MAKER)

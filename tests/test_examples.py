@@ -86,6 +86,12 @@ class TestDigits:
         assert status == 1
         assert "NO" in printed
 
+    def test_fewer_than_no_pictures(self, run, capsys):
+        with pytest.raises(SystemExit) as caught:
+            run("digits", "--shown", "-3")
+        assert caught.value.code == 2
+        assert "--shown must be at least 0, got -3" in capsys.readouterr().err
+
 
 class TestMultitask:
     def test_run(self, run, example):
