@@ -1,7 +1,7 @@
 """The command ``fused-lora``: doctor, demo, check, bench.
 
-Exit code: 0 all is well; 1 a check failed, or found something; 2 the command line cannot be followed (one line on
-stderr says why).
+Exit code: 0 all is well; 1 a check failed, or found something; 2 the command line cannot be followed, or the output not
+written (one line on stderr says why); 130 interrupted; 141 whoever read the output left.
 ``bench`` returns pytest's.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from .adapters import check_adapter
 
 if TYPE_CHECKING:
     from torch import nn
+
+_READER_LEFT = 141  # what a shell reports of a program that SIGPIPE ended, as it does other tools before | head
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,6 +40,31 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         SystemExit: code 2 for a mistake in the arguments, 0 for --help and --version.
     """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            print(end="", flush=True)  # what cannot be written shows here, not when the interpreter is gone
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # | head: no mistake
+        _drop_output()
+        return _READER_LEFT
+    except OSError as error:
+        _drop_output()
+        print(f"fused-lora: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _drop_output() -> None:
+    """Have what is still to be written go nowhere, so that the interpreter does not fail on it once more at its end."""
+    with contextlib.suppress(OSError):  # a stdout that is no file needs nothing
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _run(argv: list[str] | None) -> int:
     parser = _Parser(prog="fused-lora", description="LoRA linear layers, fused forward and backward.")
     parser.add_argument("--version", action="version", version=f"fused-lora {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="{doctor,demo,check,bench}", required=True)
@@ -50,14 +78,11 @@ def main(argv: list[str] | None = None) -> int:
     command: argparse.ArgumentParser = commands.choices[args.command]
     if rest and args.command != "bench":
         command.error(f"unknown arguments: {' '.join(rest)}; see --help")
-    try:
-        if args.command == "bench":
-            return _bench(rest, command)
-        if args.command == "check":
-            return _check(args, command)
-        return doctor.run() if args.command == "doctor" else _demo(args, command)
-    except KeyboardInterrupt:
-        return 130
+    if args.command == "bench":
+        return _bench(rest, command)
+    if args.command == "check":
+        return _check(args, command)
+    return doctor.run() if args.command == "doctor" else _demo(args, command)
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:

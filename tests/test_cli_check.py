@@ -1,5 +1,7 @@
 """The command ``check``, and what ends any command early: code of a model that exits, a closed pipe, a full disk."""
 
+import os
+import subprocess
 import sys
 
 import adapter_nets as nets
@@ -59,3 +61,38 @@ def test_a_models_module_does_not_read_the_commands_arguments(capsys, folder, us
 @pytest.mark.parametrize("args", [["check", ""], ["check", "adapter", "--subfolder", ""]], ids=["path", "subfolder"])
 def test_an_empty_path_is_a_mistake_on_the_command_line(capsys, args):
     assert "''" in refused(capsys, *args)
+
+
+# ---- output that cannot be written
+
+
+def written_to(output, *args, unbuffered):
+    """(exit code, stderr) of the command with its output going there."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1" if unbuffered else ""}
+    program = [sys.executable, "-m", "fused_lora", *map(str, args)]
+    done = subprocess.run(program, stdout=output, stderr=subprocess.PIPE, text=True, env=environment)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "unbuffered"), [("check", True), ("check", False), ("--help", False)], ids=["now", "late", "help"]
+)
+def test_a_reader_that_leaves_is_no_failure(folder, command, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        args = [command, folder] if command == "check" else [command]
+        assert written_to(writer, *args, unbuffered=unbuffered) == (141, "")
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("unbuffered", [True, False], ids=["unbuffered", "buffered"])
+def test_output_that_cannot_be_written_is_an_error_in_one_line(folder, unbuffered):
+    with open("/dev/full", "w") as full:
+        code, err = written_to(full, "check", folder, unbuffered=unbuffered)
+    assert code == 2
+    assert err.startswith("fused-lora: error: ")
+    assert "No space left" in err
+    assert err.count("\n") == 1
