@@ -23,6 +23,7 @@ from torch import Tensor
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+FOLLOW_LINKS = "pass follow_symlinks=True"  # the command puts its option in the place of this
 _PICKLE = "adapter_model.bin"
 _LARGEST_CONFIG = 4 << 20  # bytes; PEFT's are about a thousand
 _LARGEST_HEADER = 32 << 20  # bytes; a tensor takes about 150
@@ -163,9 +164,7 @@ def _open(path: Path, follow_symlinks: bool) -> Iterator[tuple[Any, int]]:
     if not os.path.lexists(path):
         raise AdapterError(f"{path.parent} has no {path.name}: is it the directory of an adapter?")
     if path.is_symlink() and not follow_symlinks and not _link_stays(path):
-        raise AdapterError(
-            f"{path} is a link that leaves its directory: pass follow_symlinks=True if it leads where you want"
-        )
+        raise AdapterError(f"{path} is a link that leaves its directory: {FOLLOW_LINKS} if it leads where you want")
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise AdapterError(f"{path} is not a regular file")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__, demo, doctor
+from .adapter_files import FOLLOW_LINKS
 from .adapters import check_adapter
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         report = check_adapter(args.path, model, subfolder=args.subfolder, follow_symlinks=args.follow_symlinks)
     except (TypeError, ValueError, ModuleNotFoundError) as error:  # AdapterError is a ValueError
         parser.error(str(error))
-    print(report)
+    print(str(report).replace(FOLLOW_LINKS, "pass --follow-symlinks"))
     return 0 if report.ok else 1
 
 

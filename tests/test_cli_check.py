@@ -8,7 +8,8 @@ import adapter_nets as nets
 import pytest
 from test_cli import refused
 
-from fused_lora import LoRAConfig, apply_lora, cli, save_adapter
+from fused_lora import LoRAConfig, apply_lora, check_adapter, cli, save_adapter
+from fused_lora.adapter_files import WEIGHTS_FILE
 
 
 @pytest.fixture
@@ -61,6 +62,17 @@ def test_a_models_module_does_not_read_the_commands_arguments(capsys, folder, us
 @pytest.mark.parametrize("args", [["check", ""], ["check", "adapter", "--subfolder", ""]], ids=["path", "subfolder"])
 def test_an_empty_path_is_a_mistake_on_the_command_line(capsys, args):
     assert "''" in refused(capsys, *args)
+
+
+def test_the_command_names_its_own_option_for_links(capsys, folder, tmp_path):
+    (folder / WEIGHTS_FILE).rename(tmp_path / "elsewhere")
+    (folder / WEIGHTS_FILE).symlink_to(tmp_path / "elsewhere")
+    assert cli.main(["check", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert "pass --follow-symlinks if" in out
+    assert "follow_symlinks=True" not in out
+    assert "pass follow_symlinks=True if" in str(check_adapter(folder))
+    assert cli.main(["check", str(folder), "--follow-symlinks"]) == 0
 
 
 # ---- output that cannot be written
