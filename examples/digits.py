@@ -22,6 +22,7 @@ from _show import BLUE, GREY, ORANGE, figure, make_room, progress, sign, table
 from torch import Tensor, nn
 
 from fused_lora import LoRAConfig, apply_lora, count_parameters, load_adapter, lora_layers, lora_report, save_adapter
+from fused_lora.demo import usable_device
 
 MAKER = "fused-lora examples/digits.py"  # its signature in what it writes
 
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=1, help="of the adapters (%(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of fine-tuning, 64 pictures each (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0; auto is a GPU if there is one")
     parser.add_argument("--out", type=Path, default=Path("demo-output/digits"), help="folder (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="less training of the base network")
     args = parser.parse_args(argv)
@@ -170,6 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--shown must be at least 0, got {args.shown}")
     args.base_steps = 40 if args.quick else 300
     try:
+        args.device = usable_device(args.device)
         make_room(args.out, ("adapter", "digits.png"), MAKER)
         result = run(args)
     except (ValueError, OSError) as error:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fused_lora import count_parameters
+from fused_lora.demo import usable_device
 from fused_lora.tasks import Model
 
 MAKER = "fused-lora examples/multitask.py"  # its signature in what it writes
@@ -190,12 +191,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=8, help="of the adapters (%(default)s)")
     parser.add_argument("--rounds", type=int, help="of training, a step of each task in each (400; with --quick 40)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0; auto is a GPU if there is one")
     parser.add_argument("--out", type=Path, default=Path("demo-output/multitask"), help="folder (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="less training")
     args = parser.parse_args(argv)
     args.rounds, args.base_steps = args.rounds or (40 if args.quick else 400), 100 if args.quick else 600
     try:
+        args.device = usable_device(args.device)
         make_room(args.out, (*(f"{style}.safetensors" for style in STYLES), "styles.png"), MAKER)
         result = run(args)
     except (ValueError, OSError) as error:

@@ -65,23 +65,28 @@ class Settings:
         return 5 if self.quick else 40
 
     def torch_device(self) -> torch.device:
-        """The device asked for; ``auto`` is a GPU where there is one, else the CPU.
+        """See :func:`usable_device`."""
+        return usable_device(self.device)
 
-        Raises:
-            ValueError: a device that torch does not know, that the demo does not run on, or that is not here.
-        """
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            raise ValueError(f"unknown device {self.device!r}: use auto, cpu, cuda or cuda:0") from None
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"the demo does not run on {self.device!r}: use auto, cpu, cuda or cuda:0")
-        gpus = torch.cuda.device_count()
-        if device.type == "cuda" and (device.index or 0) >= gpus:
-            raise ValueError(f"no {self.device!r} here, torch finds {gpus} GPUs: use auto or cpu")
-        return device
+
+def usable_device(name: str) -> torch.device:
+    """The device asked for; ``auto`` is a GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: a device that torch does not know, that the demo does not run on, or that is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"this does not run on {name!r}: use auto, cpu, cuda or cuda:0")
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"no {name!r} here, torch finds {gpus} GPUs: use auto or cpu")
+    return device
 
 
 def check(settings: Settings) -> None:

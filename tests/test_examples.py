@@ -218,6 +218,16 @@ def test_a_users_own_files_stay(example, tmp_path, capsys, name, written):
     assert file.read_bytes() == kept
 
 
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "abacus"])
+def test_a_device_that_is_not_here(example, tmp_path, capsys, name, device):
+    with pytest.raises(SystemExit) as caught:
+        example(name).main(["--quick", "--out", str(tmp_path / "out"), "--device", device])
+    assert caught.value.code == 2
+    assert f"{device!r}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_counts_as_a_scripts_own(example, tmp_path):
     show = example("_show")
     (tmp_path / "adapter").mkdir()
