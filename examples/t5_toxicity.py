@@ -83,7 +83,8 @@ def train(
     """Train what requires a gradient, 32 lines a step; the loss of each step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.1)
+    rise = 0.1 if steps > 10 else 0.0  # a rise of one step is a division by zero in torch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=rise)
     losses = []
     model.train()
     for _ in (bar := progress(range(steps), what)):

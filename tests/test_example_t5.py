@@ -170,6 +170,14 @@ def test_a_line_of_a_csv_is_learnt_or_asked(t5, tmp_path):
     assert {line.label for line in known + unseen if line.text == "kill the boss"} == {"toxic"}
 
 
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11, 20])
+def test_any_number_of_steps(t5, steps):
+    lines = [t5.Line("a", "toxic", ""), t5.Line("some more", "harmless", "")]
+    losses = t5.train(*t5.small_t5(lines), lines, steps, 1e-3, random.Random(0), "a few steps")
+    assert len(losses) == steps
+    assert all(loss > 0 for loss in losses)
+
+
 def test_loss_looks_at_labels_and_not_at_padding(t5):
     lines = [t5.Line("a", "toxic", ""), t5.Line("some more", "harmless, and long", "")]
     _, tokenizer = t5.small_t5(lines)
