@@ -41,7 +41,16 @@ _START, _END = "<!-- measured: written by bench/report.py -->", "<!-- end of mea
 NO_GPU = "Not measured on a GPU yet: none of these files comes from one."
 
 
-def _kind(content: dict) -> str:
+def _read(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+
+
+def _kind(content: object) -> str:
+    if not isinstance(content, dict):
+        return ""
     return "pytest-benchmark" if "machine_info" in content else str(content.get("kind"))
 
 
@@ -53,10 +62,10 @@ def load(path: Path, name: str) -> tuple[str, dict, ModuleType]:
     """(name, content, the module that reports it).
 
     Raises:
-        ValueError: no benchmark of this folder writes such a file.
+        OSError: the file cannot be read. ValueError: no benchmark of this folder writes such a file.
     """
-    content = json.loads(path.read_text())
-    kind = _kind(content) if isinstance(content, dict) else ""
+    content = _read(path)
+    kind = _kind(content)
     if kind not in _MODULES:
         raise ValueError(f"{path} was not written by a benchmark that can be reported ({', '.join(_MODULES)})")
     return name, content, importlib.import_module(_MODULES[kind])
@@ -158,12 +167,18 @@ def main(arguments: list[str] | None = None) -> None:
     if options.files and not options.output:
         parser.error("docs and README show bench/results alone: give --output FOLDER for other files")
     paths = options.files or sorted((ROOT / "bench" / "results").glob("*.json"))
-    if not options.files:
-        paths = [path for path in paths if _kind(json.loads(path.read_text())) != _TABLE]
-    files = _in_order([load(path, name) for name, path in named(paths).items()])
+    try:
+        if not options.files:
+            paths = [path for path in paths if _kind(_read(path)) != _TABLE]
+        files = _in_order([load(path, name) for name, path in named(paths).items()])
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     page = (options.output or ROOT / "docs") / "performance.md"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(report(files, page, page.parent / "performance"))
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(report(files, page, page.parent / "performance"))
+    except OSError as error:
+        parser.error(f"the report cannot be written: {error}")
     if not options.output:
         write_readme(ROOT / "README.md", readme_block(files))
     print(f"wrote {page}")

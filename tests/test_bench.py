@@ -141,6 +141,32 @@ def test_report_refuses_other_json(tmp_path, bench):
         bench("report").load(path, "other.json")
 
 
+@pytest.mark.parametrize(
+    ("text", "output", "words"),
+    [
+        (None, "report", "No such file"),
+        ("not JSON", "report", "is no JSON"),
+        ("[]", "report", "was not written by a benchmark"),
+        ("{}", "report", "was not written by a benchmark"),
+        ('{"kind": "fused-lora gpu"', "report", "is no JSON"),
+        ("good", "taken", "cannot be written"),
+        ("good", "taken/below", "cannot be written"),
+    ],
+)
+def test_report_says_in_a_line_what_it_cannot_read_or_write(tmp_path, bench, capsys, text, output, words):
+    if text is not None:
+        good = json.dumps(one_cell(bench("report_linear"), 0.5))
+        (tmp_path / "out.json").write_text(good if text == "good" else text)
+    (tmp_path / "taken").write_text("a user's notes")
+    with pytest.raises(SystemExit) as stop:
+        bench("report").main([str(tmp_path / "out.json"), "--output", str(tmp_path / output)])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert words in message
+    assert str(tmp_path / ("taken" if text == "good" else "out.json")) in message
+    assert (tmp_path / "taken").read_text() == "a user's notes"
+
+
 def one_cell(linear, ratio: float) -> dict:
     """A JSON of ``paired.py`` with one cell, where ours takes ``ratio`` of PEFT's time."""
     spread = {"q1": ratio - 0.1, "q3": ratio + 0.1, "rounds": 5}
