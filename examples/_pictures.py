@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,14 +39,17 @@ def load(source: Path | None, seed: int, device: str | torch.device = "cpu") -> 
     """(to train on, to test with)
 
     Raises:
-        ValueError: ``source`` holds no MNIST, and torchvision is not there to fetch it.
+        ValueError: ``source`` holds no MNIST, a part of it, or broken files, and torchvision is not there to fetch it.
+        OSError: it cannot be read.
     """
     if source is None:
         parts = _small_digits(seed)
-    elif source.suffix == ".npz":
-        parts = _npz(source)
     else:
-        parts = _folder(source)
+        try:
+            parts = _npz(source) if source.suffix == ".npz" else _folder(source)
+        except (EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{source} is broken or cut short: {error}") from error
+        _check(parts, source)
     images, labels, test_images, test_labels = (part.to(device) for part in parts)
     return Pictures(images, labels), Pictures(test_images, test_labels)
 
@@ -65,10 +70,23 @@ def _small_digits(seed: int) -> list[Tensor]:
     return [large[0], torch.tensor(labels), large[1], torch.tensor(test_labels)]
 
 
+def _check(parts: list[Tensor], source: Path) -> None:
+    for what, images, labels in (("train", *parts[:2]), ("test", *parts[2:])):
+        if images.shape[1:] != (PIXELS,) or labels.shape != images.shape[:1] or not len(labels):
+            raise ValueError(
+                f"{source}, to {what}: {SIDE} x {SIDE} pixels and a label for each picture are needed, "
+                f"not {tuple(images.shape)} pixels and {tuple(labels.shape)} labels"
+            )
+        if not 0 <= labels.min() <= labels.max() < CLASSES:
+            raise ValueError(
+                f"{source}, to {what}: labels are 0 to {CLASSES - 1}, not {int(labels.min())} to {int(labels.max())}"
+            )
+
+
 def _npz(path: Path) -> list[Tensor]:
     import numpy as np
 
-    with np.load(path) as file:
+    with zipfile.ZipFile(path), np.load(path) as file:  # np.load alone takes other kinds of file for an array
         missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in file]
         if missing:
             raise ValueError(f"{path} has no {', '.join(missing)}: it must be MNIST as Keras stores it")
@@ -113,4 +131,7 @@ def _read_idx(path: Path) -> Tensor:
 
 
 def _normalised(images: Tensor) -> Tensor:
+    """(B, 28, 28) bytes as (B, 784) from 0 to 1."""
+    if images.dim() < 2:
+        raise ValueError(f"pictures of {SIDE} x {SIDE} pixels are needed, got a tensor of shape {tuple(images.shape)}")
     return images.flatten(1).float() / 255

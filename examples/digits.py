@@ -92,6 +92,8 @@ def run(args: argparse.Namespace) -> Result:
     """Train the base, fine-tune on one digit, save the adapter, check what is claimed."""
     torch.manual_seed(args.seed)
     known, unseen = load(args.data, args.seed, args.device)
+    if not len(known.of(args.digit).labels):
+        raise ValueError(f"{args.data} holds no picture of {args.digit} to train on: choose another --digit")
     network = build().to(args.device)
     before = count_parameters(network)
     few = mostly_without(known, args.digit, shown=args.shown)

@@ -92,6 +92,14 @@ class TestDigits:
         assert caught.value.code == 2
         assert "--shown must be at least 0, got -3" in capsys.readouterr().err
 
+    def test_data_without_the_digit(self, run, capsys, tmp_path):
+        pictures, labels = np.zeros((3, 28, 28), dtype=np.uint8), np.arange(3)
+        np.savez(tmp_path / "few.npz", x_train=pictures, y_train=labels, x_test=pictures, y_test=labels)
+        with pytest.raises(SystemExit) as caught:
+            run("digits", "--data", str(tmp_path / "few.npz"), "--digit", "9")
+        assert caught.value.code == 2
+        assert "no picture of 9 to train on" in capsys.readouterr().err
+
 
 class TestMultitask:
     def test_run(self, run, example):
@@ -159,6 +167,49 @@ class TestPictures:
         np.savez(tmp_path / "other.npz", x_train=mnist["x_train"])
         with pytest.raises(ValueError, match="has no y_train, x_test, y_test"):
             example("_pictures").load(tmp_path / "other.npz", 0)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                {"y_train": np.arange(5)},
+                r"each picture are needed, not \(6, 784\) pixels and \(5,\) labels",
+            ),
+            ({"x_test": np.zeros((3, 8, 8))}, r"to test: 28 x 28 pixels"),
+            ({"x_train": np.zeros((0, 28, 28)), "y_train": np.zeros(0)}, "to train: 28 x 28 pixels"),
+            ({"x_test": np.zeros(3)}, r"28 x 28 pixels are needed, got a tensor of shape \(3,\)"),
+            ({"y_test": np.array([0, 1, 10])}, "labels are 0 to 9, not 0 to 10"),
+        ],
+        ids=["lengths", "sides", "empty", "flat", "labels"],
+    )
+    def test_npz_of_something_else(self, example, mnist, tmp_path, change, message):
+        np.savez(tmp_path / "mnist.npz", **mnist | change)
+        with pytest.raises(ValueError, match=message):
+            example("_pictures").load(tmp_path / "mnist.npz", 0)
+
+    @pytest.mark.parametrize("left", [0, 0.05, 0.5, 0.99])
+    def test_npz_cut_short(self, example, mnist, tmp_path, left):
+        path = tmp_path / "mnist.npz"
+        np.savez(path, **mnist)
+        path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
+        with pytest.raises(ValueError, match=r"mnist\.npz is broken or cut short"):
+            example("_pictures").load(path, 0)
+
+    def test_npz_damaged_inside(self, example, mnist, tmp_path):
+        path = tmp_path / "mnist.npz"
+        np.savez_compressed(path, **mnist)
+        data = bytearray(path.read_bytes())
+        data[600:900] = bytes(300)
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"mnist\.npz is broken or cut short"):
+            example("_pictures").load(path, 0)
+
+    def test_idx_cut_short_while_packed(self, example, mnist, tmp_path):
+        for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+            packed = gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 2, 1, 1]))
+            (tmp_path / f"{name}-ubyte.gz").write_bytes(packed[:-4])
+        with pytest.raises(ValueError, match="is broken or cut short"):
+            example("_pictures").load(tmp_path, 0)
 
     @pytest.mark.parametrize("folder", [".", "MNIST/raw"])
     @pytest.mark.parametrize("packed", [False, True])
@@ -252,7 +303,13 @@ def test_what_counts_as_a_scripts_own(example, tmp_path):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_what_cannot_be_followed_is_an_error_of_the_command_line(run, name, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)  # or it would fetch what is not there
-    for arguments in (["--data", str(tmp_path / "none.npz")], ["--data", str(tmp_path)], ["--nonsense"]):
+    (tmp_path / "broken.npz").write_bytes(b"PK")
+    for arguments in (
+        ["--data", str(tmp_path / "none.npz")],
+        ["--data", str(tmp_path / "broken.npz")],
+        ["--data", str(tmp_path)],
+        ["--nonsense"],
+    ):
         with pytest.raises(SystemExit) as caught:
             run(name, *arguments)
         assert caught.value.code == 2
