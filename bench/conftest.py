@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import math
+
 import pytest
+import torch
 from measure import environment
 from providers import available
 from shapes import add_grid_options, cases, device_of
@@ -18,11 +22,47 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def _check_device(name: str | None) -> None:
+    """Refuse what cannot be timed here, before any benchmark is made for it."""
+    if name is None:
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device has no {name!r}; it takes cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device takes cpu, cuda or cuda:1, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"torch {torch.__version__} finds {torch.cuda.device_count()} GPUs"
+        raise ValueError(f"--device {name} cannot be used: {found}")
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Refuse numbers that no layer can have: they would fail one benchmark after another, or be passed over."""
+    for name, kind, fits, wanted in (
+        ("rows", int, lambda rows: rows >= 1, "whole numbers, 1 or more"),
+        ("rank", int, lambda rank: rank >= 1, "whole numbers, 1 or more"),
+        ("p", float, lambda p: 0 <= p <= 1, "probabilities, 0 to 1"),
+    ):
+        text = getattr(options, name)
+        for item in [] if text is None else text.split(","):
+            try:
+                number = kind(item)
+            except ValueError:
+                number = None
+            if number is None or not fits(number):
+                raise ValueError(f"--{name} takes a comma list of {wanted}, got {item!r}")
+    if options.budget is not None and not 0 < options.budget < math.inf:
+        raise ValueError(f"--budget takes seconds above 0, got {options.budget:g}")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
     config.option.benchmark_disable_gc = True  # a collection in the middle of a pass would be timed
     config.stash[_LEFT_OUT] = {}
     try:
+        _check_device(config.option.device)
+        _check_numbers(config.option)
         cases(config.option)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import json
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +134,32 @@ def test_a_layer_that_computes_something_else_is_not_timed(bench):
 def test_unknown_grid_is_refused(bench, option):
     with pytest.raises(ValueError, match="it takes a comma list of"):
         bench("paired").main([option, "--device=cpu"])
+
+
+@pytest.mark.parametrize(
+    "option",
+    "--rows=-5 --rows=0 --rows=x --rank=0 --rank=8,x --p=2 --p=x --p=nan --budget=0 "
+    "--device=cuda:99 --device=abacus --device=meta".split(),
+)
+def test_a_number_or_device_that_cannot_be_is_a_usage_error(bench, option):
+    name, _, value = option.partition("=")
+    parser = argparse.ArgumentParser()
+    bench("shapes").add_grid_options(parser.add_argument)
+    parser.add_argument("--budget", type=float)
+    # By its path: "conftest" is the name of the one beside this file.
+    spec = importlib.util.spec_from_file_location("conftest_of_bench", BENCH / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+
+    def configure(*arguments):
+        config = SimpleNamespace(option=parser.parse_args(arguments), stash={}, addinivalue_line=lambda *_: None)
+        conftest.pytest_configure(config)
+
+    configure("--rows=1,512", "--rank=1", "--p=0,1", "--device=cpu", "--budget=0.1")
+    with pytest.raises(pytest.UsageError) as refused:
+        configure(option)
+    assert name in str(refused.value)
+    assert value.rpartition(",")[2] in str(refused.value)
 
 
 def test_report_refuses_other_json(tmp_path, bench):
