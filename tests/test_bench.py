@@ -138,8 +138,20 @@ def test_unknown_grid_is_refused(bench, option):
 
 @pytest.mark.parametrize(
     "option",
-    "--rows=-5 --rows=0 --rows=x --rank=0 --rank=8,x --p=2 --p=x --p=nan --budget=0 "
-    "--device=cuda:99 --device=abacus --device=meta".split(),
+    [
+        "--rows=-5",
+        "--rows=0",
+        "--rows=x",
+        "--rank=0",
+        "--rank=8,x",
+        "--p=2",
+        "--p=x",
+        "--p=nan",
+        "--budget=0",
+        "--device=cuda:99",
+        "--device=abacus",
+        "--device=meta",
+    ],
 )
 def test_a_number_or_device_that_cannot_be_is_a_usage_error(bench, option):
     name, _, value = option.partition("=")
