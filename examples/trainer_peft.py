@@ -65,18 +65,30 @@ def small_llama(tokenizer: Any, dtype: torch.dtype) -> Any:
     return LlamaForCausalLM(config).to(dtype)
 
 
+def read_lines(path: Path | None, batch: int) -> list[str]:
+    """The lines of a text file that are not empty, or made-up chat.
+
+    Raises:
+        ValueError: fewer lines than a batch, or no UTF-8. OSError: the file cannot be read.
+    """
+    if path is None:
+        return [f"toxicity: {line.text} {line.label}" for line in general_speech()]
+    try:
+        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+    if len(texts) < batch:
+        raise ValueError(f"{path} has {len(texts)} lines: a batch of {batch} needs as many")
+    return texts
+
+
 class Job:
     """What all runs share: texts, tokenizer, base model, trainer, and sizes."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.dtype = getattr(torch, options.dtype)
-        if options.data:
-            texts = [line.strip() for line in options.data.read_text(encoding="utf-8").splitlines() if line.strip()]
-        else:
-            texts = [f"toxicity: {line.text} {line.label}" for line in general_speech()]
-        if len(texts) < options.batch:
-            raise ValueError(f"{options.data} has {len(texts)} lines: a batch of {options.batch} needs as many")
+        texts = read_lines(options.data, options.batch)
         random.Random(0).shuffle(texts)
         self.texts = texts[: options.batch * options.steps]
         if options.model:
@@ -261,36 +273,66 @@ def draw(curves: dict[Run, list[float]], options: argparse.Namespace, path: Path
             ax.legend(frameon=False)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def check(options: argparse.Namespace) -> None:
+    """Find what would stop the runs, before any; makes the folder of the figure.
+
+    Raises:
+        ValueError, OSError: a value out of range, lines that cannot be had, a figure that would replace a user's own.
+    """
+    least = {"seeds": 2, "steps": 1, "batch": 1, "length": 2}  # of one token nothing follows that could be learnt
+    for name, fewest in least.items():
+        if (value := getattr(options, name)) < fewest:
+            raise ValueError(f"--{name} must be at least {fewest}, got {value}")
+    if not 0 < options.dropout < 1:
+        raise ValueError(f"--dropout must be between 0 and 1, got {options.dropout:g}")
+    if not 0 < options.lr < math.inf:
+        raise ValueError(f"--lr must be a number above 0, got {options.lr:g}")
+    if options.output.suffix != ".png":
+        raise ValueError(f"--output must be a PNG file, its name ending in .png, got {str(options.output)!r}")
+    read_lines(options.data, options.batch)
+    make_room(options.output.parent, [options.output.name], MAKER)
+
+
+def command() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainer", choices=("transformers", "trl"), default="transformers")
     parser.add_argument("--model", help="a causal language model of the hub, or a folder (default: a small Llama)")
     parser.add_argument("--data", type=Path, help="a text file, one example per line (default: made-up chat)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base model")
     parser.add_argument("--dropout", type=float, default=0.1, help="of the runs with dropout (default: 0.1)")
-    parser.add_argument("--steps", type=int, default=60, help="of every run (default: 60)")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of every kind (default: 5)")
-    parser.add_argument("--batch", type=int, default=8, help="lines of a step (default: 8)")
+    parser.add_argument("--steps", type=int, help="of every run (default: 60; with --quick 6)")
+    parser.add_argument("--seeds", type=int, help="runs of every kind (default: 5; with --quick 2)")
+    parser.add_argument("--batch", type=int, help="lines of a step (default: 8; with --quick 4)")
     parser.add_argument("--length", type=int, default=64, help="tokens of a line at most (default: 64)")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate (default: 3e-3)")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
     parser.add_argument("--quick", action="store_true", help="a few steps: shows that it runs")
     parser.add_argument("--output", type=Path, default=Path("trainer_peft.png"), help="the figure (PNG)")
+    return parser
+
+
+def parse(arguments: list[str] | None, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options; those that are not given as --quick or a whole run has them."""
     options = parser.parse_args(arguments)
-    if options.quick:
-        options.steps, options.seeds, options.batch = 6, 2, 4
-    if options.seeds < 2 or not 0 < options.dropout < 1 or options.steps < 1:
-        parser.error("at least 2 seeds and 1 step are needed, and a dropout between 0 and 1")
+    usual = {"steps": 6, "seeds": 2, "batch": 4} if options.quick else {"steps": 60, "seeds": 5, "batch": 8}
+    for name, value in usual.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     try:
-        make_room(options.output.parent, [options.output.name], MAKER)
+        check(options)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    job, chosen = Job(options), runs(options)
+    parser = command()
+    options = parse(arguments, parser)
+    try:
+        job = Job(options)
+    except (ValueError, OSError) as error:  # a tokenizer that is not there
+        parser.error(f"--model {options.model}: {error}")
+    chosen = runs(options)
     curves = {}
     with progress((), f"{len(chosen)} runs", total=len(chosen) * options.steps) as bar:
         for run in chosen:

@@ -25,6 +25,10 @@ def example(monkeypatch):
             del sys.modules[name]
 
 
+def parse(example, *arguments):
+    return example.parse(list(arguments), example.command())
+
+
 SMALL = ["--seeds", "2", "--batch", "2", "--cpu"]
 
 
@@ -36,13 +40,13 @@ def test_it_runs_and_shows_what_it_did(example, tmp_path, capsys):
     assert shown.count("not judged") == 2  # four losses are too few for the accuracy rule
     assert shown.count("yes") == 2
     assert path.read_bytes().startswith(b"\x89PNG")
-    example.parse(["--output", str(path)])  # a second run is welcome
+    parse(example, "--output", str(path))  # a second run is welcome
 
 
 def test_a_users_own_figure_stays(example, tmp_path, capsys):
     (tmp_path / "curves.png").write_text("a user's")
     with pytest.raises(SystemExit):
-        example.parse(["--output", str(tmp_path / "curves.png")])
+        parse(example, "--output", str(tmp_path / "curves.png"))
     assert "is not this script's" in capsys.readouterr().err
     assert (tmp_path / "curves.png").read_text() == "a user's"
 
@@ -51,7 +55,7 @@ def test_a_users_own_figure_stays(example, tmp_path, capsys):
 def test_curves_of_patched_and_unpatched_runs_lie_on_each_other(trainer, example):
     """The accuracy rule over 200 losses; with gradient checkpointing the patched curve is the same to the last bit."""
     pytest.importorskip("trl" if trainer == "trl" else "datasets")
-    job = example.Job(example.parse([*SMALL, "--trainer", trainer, "--steps", "100"]))
+    job = example.Job(parse(example, *SMALL, "--trainer", trainer, "--steps", "100"))
     with example.progress((), "runs") as bar:
         curves = {way: [job.train(example.Run(way, 0.0, False, s), bar) for s in (0, 1)] for way in example.WAYS}
         assert job.report.fused == 14
@@ -76,8 +80,53 @@ def test_the_judgement_can_fail(example):
     assert low > 0
 
 
-@pytest.mark.parametrize("wrong", [["--seeds", "1"], ["--dropout", "0"], ["--trainer", "axolotl"]], ids=" ".join)
-def test_misuse(wrong, example, capsys):
-    with pytest.raises(SystemExit):
-        example.parse(wrong)
-    assert "error" in capsys.readouterr().err
+MISUSE = {
+    "--seeds 1": "--seeds must be at least 2, got 1",
+    "--steps 0": "--steps must be at least 1, got 0",
+    "--quick --steps 0": "--steps must be at least 1, got 0",
+    "--batch 0": "--batch must be at least 1, got 0",
+    "--length 1": "--length must be at least 2, got 1",
+    "--dropout 0": "--dropout must be between 0 and 1, got 0",
+    "--dropout nan": "--dropout must be between 0 and 1, got nan",
+    "--lr nan": "--lr must be a number above 0, got nan",
+    "--lr inf": "--lr must be a number above 0, got inf",
+    "--lr 0": "--lr must be a number above 0, got 0",
+    "--output curves.bmp": "--output must be a PNG file, its name ending in .png, got 'curves.bmp'",
+    "--output curves": "--output must be a PNG file, its name ending in .png, got 'curves'",
+    "--trainer axolotl": "invalid choice: 'axolotl'",
+    "--data none.txt": "No such file or directory: 'none.txt'",
+    "--data .": "Is a directory: '.'",
+    "--data empty.txt": "empty.txt has 0 lines: a batch of 8 needs as many",
+    "--data short.txt": "short.txt has 7 lines: a batch of 8 needs as many",
+    "--data bytes.txt": "bytes.txt is not text in UTF-8",
+    "--model ./absent": "--model ./absent: ",
+    "--output short.txt/a.png": "short.txt",
+}
+
+
+@pytest.mark.parametrize("wrong", MISUSE)
+def test_misuse(wrong, example, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "short.txt").write_text("a line\n" * 7)
+    (tmp_path / "bytes.txt").write_bytes(b"\xff" * 20)
+    with pytest.raises(SystemExit) as stop:
+        example.main(wrong.split())
+    assert stop.value.code == 2
+    assert MISUSE[wrong] in capsys.readouterr().err
+
+
+def test_quick_leaves_what_is_given(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def sizes(*arguments):
+        options = parse(example, *arguments)
+        return options.steps, options.seeds, options.batch
+
+    assert sizes() == (60, 5, 8)
+    assert sizes("--quick") == (6, 2, 4)
+    assert sizes("--quick", "--steps", "9", "--seeds", "3") == (9, 3, 4)
+    assert sizes("--batch", "2") == (60, 5, 2)
+    parse(example, "--output", "new/folder/curves.png")
+    assert (tmp_path / "new" / "folder").is_dir()
