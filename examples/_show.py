@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fused_lora.demo_report import drawn_by
+from fused_lora.demo_report import WIDTH, drawn_by
 
 T = TypeVar("T")
 MADE_BY = "made_by"  # in the metadata of safetensors files: which script wrote them
@@ -36,7 +36,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
         shown.add_column(column, justify="left" if i < text_columns else "right")
     for row in rows:
         shown.add_row(*map(str, row))
-    console = Console(markup=False, highlight=False)
+    console = Console(markup=False, highlight=False, width=max(Console().width, WIDTH))  # narrower, figures are cut
     console.print()
     console.print(shown)
 

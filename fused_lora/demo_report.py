@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 T = TypeVar("T")
+WIDTH = 80  # of a table at least
 _GREY, _BLUE, _ORANGE = "#b0b7c3", "#2563b0", "#d9622b"
 
 
@@ -27,6 +28,8 @@ class Report:
         from rich.console import Console
 
         self._console = Console(markup=False, highlight=False)
+        # A narrow terminal breaks the lines of a table; narrower columns would cut the figures in them.
+        self._wide = Console(markup=False, highlight=False, width=max(self._console.width, WIDTH))
 
     def line(self, text: str) -> None:
         """Print ``text`` without cutting paths apart."""
@@ -42,8 +45,8 @@ class Report:
             table.add_column(column, justify="right" if i else "left")
         for row in rows:
             table.add_row(*row)
-        self._console.print()
-        self._console.print(table)
+        self._wide.print()
+        self._wide.print(table)
 
     def progress(self, description: str, steps: Iterable[T], total: int) -> Iterator[T]:
         """The same steps, with a progress bar."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fused_lora import LoRALinear, accuracy, cli, demo, digits, doctor, save_adapter
+from fused_lora import LoRALinear, accuracy, cli, demo, demo_report, digits, doctor, save_adapter
 from fused_lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 
 CPU = torch.device("cpu")
@@ -169,6 +169,19 @@ def plain_figure(path):
     from matplotlib.figure import Figure
 
     Figure().savefig(path)
+
+
+def test_a_narrow_terminal_cuts_no_figure(capsys, monkeypatch):
+    def tables(columns):
+        monkeypatch.setenv("COLUMNS", columns)
+        report = demo_report.Report()
+        report.accuracies(8, digits.load(8, 0, CPU).test, [[0.25] * 10, [0.975] * 10])
+        report.errors({"dx": accuracy.Error(1e-7, 2e-7, 3e-8, 4e-8)})
+        report.step_times([[1.0, 2.0], [1.5, 2.5], [1.25, 2.25]])
+        return capsys.readouterr().out
+
+    assert "…" not in tables("40")
+    assert tables("40") == tables("80")
 
 
 def little_training(seed):

@@ -269,6 +269,12 @@ def test_a_users_own_files_stay(example, tmp_path, capsys, name, written):
     assert file.read_bytes() == kept
 
 
+def test_a_narrow_terminal_cuts_no_figure(example, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    example("_show").table("title", ["digit", "before", "after", "change"], [("all", "12.3456", "65.4321", "53.0865")])
+    assert {"all", "12.3456", "65.4321", "53.0865"} <= set(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "abacus"])
 def test_a_device_that_is_not_here(example, tmp_path, capsys, name, device):
