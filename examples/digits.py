@@ -22,7 +22,7 @@ from _show import BLUE, GREY, ORANGE, figure, make_room, progress, sign, table
 from torch import Tensor, nn
 
 from fused_lora import LoRAConfig, apply_lora, count_parameters, load_adapter, lora_layers, lora_report, save_adapter
-from fused_lora.demo import usable_device
+from fused_lora.demo import folder, usable_device
 
 MAKER = "fused-lora examples/digits.py"  # its signature in what it writes
 
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, help="of fine-tuning, 64 pictures each (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0; auto is a GPU if there is one")
-    parser.add_argument("--out", type=Path, default=Path("demo-output/digits"), help="folder (%(default)s)")
+    parser.add_argument("--out", type=folder, default=Path("demo-output/digits"), help="folder (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="less training of the base network")
     args = parser.parse_args(argv)
     if args.shown < 0:

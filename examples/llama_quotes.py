@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fused_lora import LoRAConfig, apply_lora, count_parameters, load_adapter, lora_layers, save_adapter
-from fused_lora.demo import usable_device
+from fused_lora.demo import folder, usable_device
 
 MAKER = "fused-lora examples/llama_quotes.py"  # its signature in what it writes
 SEPARATOR = " | tags:"
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, help="of LoRA training (3e-3; with --model 2e-4)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0; auto is a GPU if there is one")
-    parser.add_argument("--out", type=Path, default=Path("demo-output/llama_quotes"), help="folder (%(default)s)")
+    parser.add_argument("--out", type=folder, default=Path("demo-output/llama_quotes"), help="folder (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer quotes and less training of the base model")
     args = parser.parse_args(argv)
     args.lr = args.lr or (2e-4 if args.model else 3e-3)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fused_lora import count_parameters
-from fused_lora.demo import usable_device
+from fused_lora.demo import folder, usable_device
 from fused_lora.tasks import Model
 
 MAKER = "fused-lora examples/multitask.py"  # its signature in what it writes
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="of training, a step of each task in each (400; with --quick 40)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0; auto is a GPU if there is one")
-    parser.add_argument("--out", type=Path, default=Path("demo-output/multitask"), help="folder (%(default)s)")
+    parser.add_argument("--out", type=folder, default=Path("demo-output/multitask"), help="folder (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="less training")
     args = parser.parse_args(argv)
     args.rounds, args.base_steps = args.rounds or (40 if args.quick else 400), 100 if args.quick else 600

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fused_lora import count_parameters
-from fused_lora.demo import usable_device
+from fused_lora.demo import folder, usable_device
 from fused_lora.parametrize import lora_parametrize, lora_unparametrize, set_lora_enabled
 
 MAKER = "fused-lora examples/parametrized.py"  # its signature in what it writes
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of LoRA training, 64 pictures each (300; with --quick 60)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0; auto is a GPU if there is one")
-    parser.add_argument("--out", type=Path, default=Path("demo-output/parametrized"), help="folder (%(default)s)")
+    parser.add_argument("--out", type=folder, default=Path("demo-output/parametrized"), help="folder (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="less training")
     args = parser.parse_args(argv)
     args.steps, args.base_steps = args.steps or (60 if args.quick else 300), 60 if args.quick else 400

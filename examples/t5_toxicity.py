@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from fused_lora import LoRAConfig, apply_lora, count_parameters, load_adapter, lora_layers, save_adapter
-from fused_lora.demo import usable_device
+from fused_lora.demo import folder, usable_device
 
 MAKER = "fused-lora examples/t5_toxicity.py"  # its signature in what it writes
 
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, help="of LoRA training, its peak (3e-3; with --model 1e-3)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0; auto is a GPU if there is one")
-    parser.add_argument("--out", type=Path, default=Path("demo-output/t5_toxicity"), help="folder (%(default)s)")
+    parser.add_argument("--out", type=folder, default=Path("demo-output/t5_toxicity"), help="folder (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="less training")
     args = parser.parse_args(argv)
     args.steps, args.base_steps = args.steps or (150 if args.quick else 400), 120 if args.quick else 300

@@ -94,7 +94,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dropout", type=float, help="on the input of the adapters, 0 to 1 (%(default)s)")
     parser.add_argument("--epochs", type=int, help=f"of fine-tuning ({usual.tuning_epochs}, fewer with --quick)")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:0; auto is a GPU where there is one (%(default)s)")
-    parser.add_argument("--out", type=Path, help="folder for the adapter and the figure (%(default)s)")
+    parser.add_argument("--out", type=demo.folder, help="folder for the adapter and the figure (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="less training and fewer timed steps")
     parser.set_defaults(**vars(usual))
 

@@ -5,6 +5,7 @@ Every number printed is computed in the run. Needs ``pip install 'fused-lora[dem
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import time
@@ -87,6 +88,17 @@ def usable_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ValueError(f"no {name!r} here, torch finds {gpus} GPUs: use auto or cpu")
     return device
+
+
+def folder(text: str) -> Path:
+    """The ``type`` of an option for argparse that names a folder.
+
+    Raises:
+        argparse.ArgumentTypeError: ``text`` is empty, which Path takes for the current folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("a folder is needed, got '': the current one is .")
+    return Path(text)
 
 
 def check(settings: Settings) -> None:

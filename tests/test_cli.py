@@ -253,6 +253,7 @@ def test_a_broken_claim_is_exit_code_1(monkeypatch, capsys, tmp_path):
         (["demo", "--device", "abacus"], ("abacus", "cpu")),
         (["demo", "--device", "meta"], ("meta", "cpu")),
         (["demo", "--device", "cuda:99"], ("cuda:99", "GPUs")),
+        (["demo", "--out", ""], ("--out", "a folder is needed", "''")),
         (["demo", "--fast"], ("--fast",)),
         (["doctor", "now"], ("now",)),
         ([], ("required",)),

@@ -285,6 +285,16 @@ def test_a_device_that_is_not_here(example, tmp_path, capsys, name, device):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", WRITTEN)
+def test_no_folder_is_not_the_current_one(example, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(example(name), "run", lambda args: pytest.fail("it was about to train"))
+    with pytest.raises(SystemExit) as caught:
+        example(name).main(["--quick", "--out", ""])
+    assert caught.value.code == 2
+    assert "--out: a folder is needed" in capsys.readouterr().err
+
+
 def test_what_counts_as_a_scripts_own(example, tmp_path):
     show = example("_show")
     (tmp_path / "adapter").mkdir()
