@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapter_config import AdapterConfig
 from .adapter_files import AdapterFiles
-from .adapter_keys import METADATA_KEY, PREFIX, SUFFIXES, base_key, factor_key, layer_of
+from .adapter_keys import METADATA_KEY, PREFIX, SUFFIXES, base_key, factor_key, layer_of, other_format
 from .adapter_models import Place, Target
 from .adapter_patterns import PatternError
 from .adapter_report import KINDS, Finding
@@ -64,6 +64,8 @@ def compare(
         AdapterError: the values cannot be read.
     """
     result = Comparison()
+    if _of_another_format(result, files):
+        return result
     in_base = _sort_keys(result, files, config, target)
     _check_pairs(result, files, config, target)
     if target is not None:
@@ -82,6 +84,19 @@ def compare(
     order = list(KINDS)
     result.findings.sort(key=lambda finding: order.index(finding.kind))
     return result
+
+
+def _of_another_format(result: Comparison, files: AdapterFiles) -> bool:
+    """Whether no key is PEFT's and some are another format's: that is one finding, not one for each tensor."""
+    formats = [] if any(key.startswith(PREFIX) for key in files.stored) else list(map(other_format, files.stored))
+    for found in dict.fromkeys(filter(None, formats)):
+        detail = (
+            f"{formats.count(found)} of {len(formats)} tensors are in the format of {found[0]}, not in PEFT's. "
+            "diffusers' pipeline.load_lora_weights loads it. Here its keys must become "
+            f"{PREFIX}<path>.lora_A.weight and .lora_B.weight: {found[1]}"
+        )
+        result.add("extra", next(key for key, of in zip(files.stored, formats, strict=True) if of == found), detail)
+    return bool(result.findings)
 
 
 def _sort_keys(result: Comparison, files: AdapterFiles, config: AdapterConfig, target: Target | None) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,25 @@ SUFFIXES = {
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
 }
+
+# Formats that are told by their keys: (whose, a pattern of a key, what becomes of the keys in PEFT's files).
+_OTHER_FORMATS = (
+    (
+        "kohya's sd-scripts",
+        re.compile(r".*\.(?:lora_(?:down|up|mid)\.weight|alpha)|lora_(?:unet|te\d?)_.*"),
+        "lora_down is lora_A, lora_up lora_B, and the path has its dots back; alpha goes into the config",
+    ),
+    (
+        "diffusers",
+        re.compile(r"(?:unet|text_encoder(?:_\d)?|transformer\.(?:single_)?transformer_blocks)\..*"),
+        "the name of the pipeline's part before the path goes, one adapter to a part",
+    ),
+)
+
+
+def other_format(key: str) -> tuple[str, str] | None:
+    """(whose format a key is of, how it becomes PEFT's); None where it is of none that is known."""
+    return next(((whose, how) for whose, pattern, how in _OTHER_FORMATS if pattern.fullmatch(key)), None)
 
 
 def factor_key(path: str, part: str, embedding: bool) -> str:
