@@ -10,7 +10,9 @@ torchtune   <path>.lora_a.weight  .lora_b.weight  none
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from .adapter_config import AdapterConfig, literal
 from .adapter_files import AdapterError, StoredTensor
-from .adapter_keys import PREFIX, factor_key
+from .adapter_keys import PREFIX, SUFFIXES, factor_key
 from .adapter_models import Place, look
 from .adapters import load_into
 from .compat.loralib.linear import check_enabled
@@ -84,7 +86,8 @@ def load_loralib(
             alphas[path] = lora_alpha * (parts["lora_a"].shape[0] // _groups_rank(state_dict, path))
     if merged:
         raise AdapterError(f"enable_lora names {', '.join(merged)}, which the state dict has no lora_A and lora_B for")
-    return _load(model, "this loralib state dict", factors, rest, lora_alpha, alphas, bias, task, overwrite_base)
+    with _keys_of(_LORALIB, rest):
+        return _load(model, "this loralib state dict", factors, rest, lora_alpha, alphas, bias, task, overwrite_base)
 
 
 def load_torchtune(
@@ -115,7 +118,8 @@ def load_torchtune(
     factors, rest = _split(state_dict, _TORCHTUNE)
     if rename is not None:
         factors = _renamed(factors, rename)
-    return _load(model, "this torchtune state dict", factors, rest, lora_alpha, {}, "none", task, overwrite_base)
+    with _keys_of(_TORCHTUNE, rest):
+        return _load(model, "this torchtune state dict", factors, rest, lora_alpha, {}, "none", task, overwrite_base)
 
 
 def _enabled_by_path(enable_lora: Any) -> dict[str, list[bool]]:
@@ -246,6 +250,24 @@ def _spread(path: str, parts: Mapping[str, Tensor], enabled: Sequence[bool]) -> 
         block = b[group * rows : (group + 1) * rows]
         spread[place * rows : (place + 1) * rows, group * r : (group + 1) * r] = block
     return spread
+
+
+@contextlib.contextmanager
+def _keys_of(suffixes: Mapping[str, str], rest: Iterable[str]) -> Iterator[None]:
+    """Have an AdapterError from inside say the keys of the format with these suffixes in the place of PEFT's."""
+    own = {part: suffix for suffix, part in suffixes.items()}
+    as_given = {f"{PREFIX}{key}": key for key in rest}
+
+    def theirs(match: re.Match[str]) -> str:
+        key = match[1].replace(".base_layer.", ".")
+        suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), "")
+        return as_given.get(match[0], key.removesuffix(suffix) + own.get(SUFFIXES.get(suffix, ""), suffix))
+
+    try:
+        yield
+    except AdapterError as error:
+        error.args = (re.sub(rf"{re.escape(PREFIX)}([^\s,();]+)", theirs, str(error)),)
+        raise
 
 
 def _load(

@@ -189,6 +189,33 @@ def test_all_or_nothing(change, word):
     assert not list(lora_layers(net))
 
 
+@pytest.mark.parametrize(
+    ("load", "a", "b"), [(load_loralib, "lora_A", "lora_B"), (load_torchtune, "lora_a.weight", "lora_b.weight")]
+)
+def test_errors_say_the_keys_of_the_state_dict(load, a, b):
+    pairs = factors(["attn", "out", "embed"])
+    state = {f"{path}.{key}": pair[i] for path, pair in pairs.items() for i, key in enumerate((a, b))}
+    state[f"out.{a}"] = torch.ones(3, 17).double()
+    state[f"attn.{b}"][0] = float("nan")
+    state |= {f"nowhere.{a}": torch.ones(3, 6), "out.weight": torch.ones(4, 18).double(), "lone.bias": torch.ones(2)}
+    state["other.lora_A.weight"] = torch.ones(3, 6)  # PEFT's ending: said as it stands there
+    state.pop(f"embed.{b}")
+    with pytest.raises(AdapterError, match="nothing was loaded") as error:
+        load(make_net(), state, lora_alpha=6)
+    message = str(error.value)
+    assert "base_model" not in message
+    for key in (
+        f"out.{a}",
+        f"attn.{b}",
+        f"nowhere.{a}",
+        "out.weight",
+        "lone.bias",
+        "other.lora_A.weight",
+        f"embed.{b}",
+    ):
+        assert f" {key} (" in message, message
+
+
 def test_arguments():
     for wrong in ([], {"a": 1}, {1: torch.ones(1)}):
         with pytest.raises(TypeError, match="state dict"):
