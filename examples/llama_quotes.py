@@ -43,15 +43,17 @@ def read_quotes(source: str, rng: random.Random) -> tuple[list[Quote], list[Quot
     """(quotes to learn from, held-out tenth, at most 200) of a data set of the hub, a folder, or a JSON or CSV file.
 
     Raises:
-        ValueError: there are no columns "quote" and "tags", or fewer than 10 quotes with tags.
+        ValueError: a file is empty or broken; no columns "quote" and "tags"; fewer than 10 quotes with tags.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
-    suffix = Path(source).suffix.lower()
-    if Path(source).is_file():
-        rows = load_dataset("csv" if suffix == ".csv" else "json", data_files=source, split="train")
-    else:
-        rows = load_dataset(source, split="train")
+    kind = "csv" if Path(source).suffix.lower() == ".csv" else "json"
+    options = {"path": kind, "data_files": source} if Path(source).is_file() else {"path": source}
+    try:
+        rows = load_dataset(**options, split="train")
+    except (DatasetsError, StopIteration) as error:  # StopIteration: an empty JSON file
+        raise ValueError(f"{source} cannot be read: {error.__cause__ or 'nothing is in it'}") from error
     if not {"quote", "tags"} <= set(rows.column_names):
         raise ValueError(f"{source} has the columns {', '.join(rows.column_names)}: quote and tags are needed")
     found = {}  # by text, so that no held-out quote was learnt

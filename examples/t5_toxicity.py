@@ -49,7 +49,10 @@ def read_csv(path: Path, text: str, label: str, rng: random.Random) -> tuple[lis
         for column in (text, label):
             if column not in columns:
                 raise ValueError(f"{path} has no column {column!r} but {', '.join(columns)}: name it, see --help")
-        found = {row[text].strip(): row[label].strip() for row in rows if row[text] and row[label]}
+        try:
+            found = {row[text].strip(): row[label].strip() for row in rows if row[text] and row[label]}
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {rows.line_num + 1}: {error}") from error
     lines = [Line(message, answer, f"labelled {answer}") for message, answer in found.items()]
     labels = len(set(found.values()))
     if len(lines) < 10 or not 2 <= labels <= 20:

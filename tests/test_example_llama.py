@@ -272,4 +272,9 @@ def test_mistakes(llama, own_cache, tmp_path, capsys):
     assert "has the columns text, label: quote and tags are needed" in refused("--data", other)
     few = write_json(tmp_path / "few.json", ROWS[:3])
     assert "has 3 quotes with tags" in refused("--data", few)
+    (tmp_path / "cut.json").write_text('{"quote": "a", "tags": ["b')
+    (tmp_path / "empty.json").write_text("")
+    (tmp_path / "empty.csv").write_text("")
+    for name in ("cut.json", "empty.json", "empty.csv"):
+        assert f"{name} cannot be read" in refused("--data", str(tmp_path / name))
     assert "absent" in refused("--model", str(tmp_path / "absent"))

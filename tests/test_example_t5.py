@@ -195,6 +195,8 @@ def test_mistakes(refused, tmp_path):
     columns = ("--text-column", "message", "--label-column", "verdict")
     one = write_csv(tmp_path / "one.csv", [(str(i), "ok") for i in range(20)])
     assert "20 lines with 1 labels" in refused("--data", one, *columns)
+    vast = write_csv(tmp_path / "vast.csv", [*CHAT, ("a" * 200_000, "toxic")])
+    assert "vast.csv, line 42: field larger than field limit" in refused("--data", vast, *columns)
     assert "No such file" in refused("--data", tmp_path / "none.csv", *columns)
     assert "absent" in refused("--data", chat, *columns, "--model", tmp_path / "absent")
 
