@@ -164,26 +164,20 @@ torch.library.register_fake("fused_lora::linear_forward", _forward_fake, lib=_li
 torch.library.register_fake("fused_lora::linear_backward", _backward_fake, lib=_library)
 
 
-def _plain(t: Tensor) -> bool:
-    """Whether an eager call on ``t`` may skip the dispatcher: no trace, no tensor subclass."""
-    return type(t) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and not _watched()
+_PLAIN = (Tensor, torch.nn.Parameter)
+_modes_active = torch._C._len_torch_dispatch_stack
+
+
+def plain(t: Tensor) -> bool:
+    """Whether a call on ``t`` may skip the dispatcher: no trace, no tensor subclass, no mode that must see the ops."""
+    return type(t) in _PLAIN and not torch.compiler.is_compiling() and not (_modes_active() and _watched())
 
 
 def _watched() -> bool:
-    """Whether a mode is active that must see the ops whole: a tracer, or selective checkpointing, which keeps some
-    results of what it sees and forbids in-place work on them."""
-    if torch._C._len_torch_dispatch_stack() == 0:
-        return False
-    modes = _get_current_dispatch_mode_stack()
-    return any(type(mode).__module__ in ("torch.utils.checkpoint", _PROXIES) for mode in modes)
-
-
-_PROXIES = "torch.fx.experimental.proxy_tensor"
-
-
-def run_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """:func:`forward`, through the dispatcher where that has to see it."""
-    return (forward if _plain(x) else torch.ops.fused_lora.linear_forward)(x, *arguments)
+    """Whether a mode must see the ops whole: a tracer's; or selective checkpointing's, which keeps some results of what
+    it sees and forbids in-place work on them."""
+    modules = ("torch.utils.checkpoint", "torch.fx.experimental.proxy_tensor")
+    return any(type(mode).__module__ in modules for mode in _get_current_dispatch_mode_stack())
 
 
 def keep(ctx: Any, inputs: Any, output: Any) -> None:
@@ -219,7 +213,7 @@ def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
                 dy, x, weight, a, b, s, factor, seed, p, x_dtype, adapter_dtype, bias_dtype, in_features, need
             )
     else:
-        op = backward if _plain(dy) else torch.ops.fused_lora.linear_backward
+        op = backward if plain(dy) else torch.ops.fused_lora.linear_backward
         grads = op(
             dy, x, weight, a, b, s, scale, scale_tensor, seed, p,
             x_dtype, adapter_dtype, bias_dtype, in_features, rank, recast, need, strategy,
