@@ -52,8 +52,10 @@ def read_quotes(source: str, rng: random.Random) -> tuple[list[Quote], list[Quot
     options = {"path": kind, "data_files": source} if Path(source).is_file() else {"path": source}
     try:
         rows = load_dataset(**options, split="train")
-    except (DatasetsError, StopIteration) as error:  # StopIteration: an empty JSON file
-        raise ValueError(f"{source} cannot be read: {error.__cause__ or 'nothing is in it'}") from error
+    except DatasetsError as error:
+        raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
+    except StopIteration as error:  # an empty JSON file
+        raise ValueError(f"{source} cannot be read: nothing is in it") from error
     if not {"quote", "tags"} <= set(rows.column_names):
         raise ValueError(f"{source} has the columns {', '.join(rows.column_names)}: quote and tags are needed")
     found = {}  # by text, so that no held-out quote was learnt

@@ -44,9 +44,8 @@ def check_switch(value: Any, name: str) -> bool:
 def check_bias(value: Any) -> bool:
     """A layer's ``bias``; raise ``TypeError`` for a number: many a hand-written layer takes its rank in that place."""
     if not isinstance(value, bool):
-        raise TypeError(
-            f"bias must be True or False, got {type(value).__name__} {value!r}; the rank is a keyword: r={value!r}"
-        )
+        hint = f"; the rank is a keyword: r={value}" if isinstance(value, int) and value > 0 else ""
+        raise TypeError(f"bias must be True or False, got {type(value).__name__} {value!r}{hint}")
     return value
 
 

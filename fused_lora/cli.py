@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__, demo, doctor
-from .adapter_files import FOLLOW_LINKS
+from .adapter_files import FOLLOW_LINKS, AdapterError
 from .adapters import check_adapter
 
 if TYPE_CHECKING:
@@ -45,16 +45,24 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _run(argv)
         finally:
-            print(end="", flush=True)  # what cannot be written shows here, not when the interpreter is gone
+            _flush()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # | head: no mistake
         _drop_output()
         return _READER_LEFT
     except OSError as error:
-        _drop_output()
         print(f"fused-lora: error: {error}", file=sys.stderr)
         return 2
+
+
+def _flush() -> None:
+    """Writes what is waiting: what cannot be written shows here, not when the interpreter is gone."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        _drop_output()
+        raise
 
 
 def _drop_output() -> None:
@@ -121,10 +129,12 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if not args.path:
+        parser.error("PATH is '': name the adapter's directory")
     model = None if args.model is None else _model(args.model, parser)
     try:
         report = check_adapter(args.path, model, subfolder=args.subfolder, follow_symlinks=args.follow_symlinks)
-    except (TypeError, ValueError, ModuleNotFoundError) as error:  # AdapterError is a ValueError
+    except (AdapterError, ModuleNotFoundError) as error:
         parser.error(str(error))
     print(str(report).replace(FOLLOW_LINKS, "pass --follow-symlinks"))
     return 0 if report.ok else 1

@@ -25,6 +25,7 @@ from .checks import without_autocast
 from .derivatives import expressions_wanted
 from .dropout import draw_seed, keep_mask, keep_scale
 from .ops.linear import FusedLoRALinear
+from .registered import run_backward
 
 # Elements that are in the accumulation dtype at one time during a product with A.
 _BLOCK = 1 << 22
@@ -180,14 +181,13 @@ class FusedDoRALinear(torch.autograd.Function):
         acc = mag.dtype
         mag_b = (b.to(acc) * mag[:, None]).to(b.dtype)
         constants = (x_dtype, b.dtype, b.dtype, weight.shape[1], b.shape[1], x_dtype != dy.dtype)
-        backward_op = torch.ops.fused_lora.linear_backward
         dx = dbias = da = db = dmag = None
         if need_a or need_b:
             need = [False, False, need_a, need_b, False]
-            _, _, da, db, _ = backward_op(
+            _, _, da, db, _ = run_backward(
                 dy, x, None, None, mag_b, s, scale, scale_tensor, None, 0.0, *constants, need, None
             )
-            db = (db.to(acc) * mag[:, None]).to(b.dtype) if need_b else None
+            db = (db.to(acc) * mag[:, None]).to(b.dtype) if need_b and db is not None else None
         lead = tuple(range(dy.dim() - 1))
         if need_mag:
             t = s * (scale if scale_tensor is None else scale_tensor)
@@ -195,7 +195,7 @@ class FusedDoRALinear(torch.autograd.Function):
             dmag = (dy.reshape(z.shape) * z).sum(0)
         if need_x:
             dz, need = (dy * mag).to(dy.dtype), [True, False, False, False, False]
-            dx = backward_op(dz, None, weight, a, b, None, scale, scale_tensor, None, 0.0, *constants, need, None)[0]
+            dx = run_backward(dz, None, weight, a, b, None, scale, scale_tensor, None, 0.0, *constants, need, None)[0]
         if need_bias:
             dbias = dy.sum(lead, dtype=acc).to(bias_dtype)
         return dx, None, dbias, da if need_a else None, db, dmag, None, None, None

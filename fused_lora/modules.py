@@ -18,6 +18,7 @@ from .derivatives import transformed
 from .dora import Adapter, Norms, dora_formula, dora_forward, row_norms
 from .layer import LoRALayer, check_init, default_adapter_dtype, is_transformers_conv1d, lora_scale
 from .ops.linear import lora_linear
+from .registered import watched
 
 __all__ = ["LoRAEmbedding", "LoRALayer", "LoRALinear", "default_adapter_dtype", "lora_scale"]
 
@@ -196,7 +197,7 @@ class LoRALinear(LoRALayer):
         p = self.lora_dropout if self.training else 0.0
         adapter = Adapter(self.lora_a, self.lora_b, self.magnitude, self._runtime_scale(), p)
         # What Norms keeps makes a second call another sequence of operations: no selective checkpoint could replay it.
-        if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack() > 0:
+        if torch.compiler.is_compiling() or transformed() or watched():
             return dora_formula(x, weight, self.bias, adapter, dtype)
         rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
         y = dora_forward(rows, weight, self.bias, adapter, dtype, self._norms)

@@ -170,14 +170,27 @@ _modes_active = torch._C._len_torch_dispatch_stack
 
 def plain(t: Tensor) -> bool:
     """Whether a call on ``t`` may skip the dispatcher: no trace, no tensor subclass, no mode that must see the ops."""
-    return type(t) in _PLAIN and not torch.compiler.is_compiling() and not (_modes_active() and _watched())
+    return type(t) in _PLAIN and not torch.compiler.is_compiling() and not watched()
 
 
-def _watched() -> bool:
-    """Whether a mode must see the ops whole: a tracer's; or selective checkpointing's, which keeps some results of what
-    it sees and forbids in-place work on them."""
+def watched() -> bool:
+    """Whether a mode is active that must see the ops whole: a tracer's; or selective checkpointing's, which keeps some
+    results of what it sees and forbids in-place work on them."""
+    if not _modes_active():
+        return False
     modules = ("torch.utils.checkpoint", "torch.fx.experimental.proxy_tensor")
     return any(type(mode).__module__ in modules for mode in _get_current_dispatch_mode_stack())
+
+
+def run_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """:func:`forward`, through the dispatcher where that has to see it."""
+    return (forward if plain(x) else torch.ops.fused_lora.linear_forward)(x, *arguments)
+
+
+def run_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+    """:func:`backward`, through the dispatcher where that has to see it; then no result is None, but what is not needed
+    is empty."""
+    return (backward if plain(dy) else torch.ops.fused_lora.linear_backward)(dy, *arguments)
 
 
 def keep(ctx: Any, inputs: Any, output: Any) -> None:
@@ -213,8 +226,7 @@ def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
                 dy, x, weight, a, b, s, factor, seed, p, x_dtype, adapter_dtype, bias_dtype, in_features, need
             )
     else:
-        op = backward if plain(dy) else torch.ops.fused_lora.linear_backward
-        grads = op(
+        grads = run_backward(
             dy, x, weight, a, b, s, scale, scale_tensor, seed, p,
             x_dtype, adapter_dtype, bias_dtype, in_features, rank, recast, need, strategy,
         )  # fmt: skip

@@ -128,6 +128,8 @@ SITUATIONS = """
     peft_fallback::functorch_forward_mode_and_dispatch_modes
 27: double backward
     peft_numerics::double_backward
+inference: a base made in inference mode
+    peft_fallback::a_base_made_in_inference_mode_trains_as_in_peft
 in place: x is written in place between the forward and its backward
     peft_situations::x_written_in_place
 files: state dict, config and saved bytes
@@ -207,6 +209,7 @@ DOCS = {
     "FSDP around lora_A or lora_B alone": [18, 19],
     "x of any rank": [23],
     "x of a wrong width": [24],
+    "a base made in inference mode": ["inference"],
     "`torch.compile`": [25],
     "`torch.func`": [26, "modes"],
     "double backward": [27],

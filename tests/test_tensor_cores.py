@@ -36,10 +36,18 @@ def _create_dot(self, a, b, acc, input_precision, max_num_imprecise_acc):
     return interpreter.TensorHandle(total, acc.dtype.scalar)
 
 
-@pytest.mark.parametrize("shape", [(1000, 39, 8), (33, 1032, 17)], ids=str)
+BETA1 = "triton:expand=beta1,grad_x=beta1"  # what a GPU's plan takes; the interpreter's takes the fused GEMMs
+CASES = [
+    *((strategy, shape) for strategy in ("triton", BETA1) for shape in ((1000, 39, 8), (33, 1032, 17))),
+    (BETA1, (200, 100, 1)),
+    (BETA1, (180, 70, 2)),
+]
+
+
+@pytest.mark.parametrize(("strategy", "shape"), CASES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("regime", ["bfloat16", "bfloat16+float32", "float16", "float16+float32"])
-def test_the_rule_on_tensor_cores(regime, p, shape, monkeypatch):
+def test_the_rule_on_tensor_cores(regime, p, strategy, shape, monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _create_dot)
     rows, K, R = shape
-    assert_as_accurate_as_plain(Case((rows,), N=48, K=K, R=R, regime=regime, p=p, strategy="triton"))
+    assert_as_accurate_as_plain(Case((rows,), N=120, K=K, R=R, regime=regime, p=p, strategy=strategy))

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..dropout import draw_seed
-
-_ops = torch.ops.fused_lora
+from ..registered import run_backward, run_forward
 
 
 class QuantisedLoRALinear(torch.autograd.Function):
@@ -35,7 +34,7 @@ class QuantisedLoRALinear(torch.autograd.Function):
         p: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        y, s = _ops.linear_forward(x, weight.to(x.dtype), bias, a, b, None, scale, None, seed, p, dtype, None)
+        y, s = run_forward(x, weight.to(x.dtype), bias, a, b, None, scale, None, seed, p, dtype, None)
         need_x, _, _, need_a, need_b = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
             x if need_a else None,
@@ -57,7 +56,7 @@ class QuantisedLoRALinear(torch.autograd.Function):
         need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         need = [need_x, need_bias, need_a, need_b, False]
         dense = weight.to(rest[0]) if need_x else None
-        grads = _ops.linear_backward(dy, x, dense, a, b, s, scale, None, seed, p, *rest, need, None)
+        grads = run_backward(dy, x, dense, a, b, s, scale, None, seed, p, *rest, need, None)
         dx, dbias, da, db, _ = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
         return dx, None, dbias, da, db, None, None, None, None
 

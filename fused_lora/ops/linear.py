@@ -31,8 +31,7 @@ class FusedLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        op = registered.forward if registered.plain(inputs[0]) else torch.ops.fused_lora.linear_forward
-        y, s = op(*inputs)
+        y, s = registered.run_forward(*inputs)
         registered.keep(ctx, inputs, (y, s))
         return y
 
