@@ -6,10 +6,11 @@ import argparse
 import math
 
 import pytest
-import torch
 from measure import environment
 from providers import available
 from shapes import add_grid_options, cases, device_of
+
+from fused_lora.demo import usable_device
 
 _LEFT_OUT = pytest.StashKey[dict[str, str]]()
 
@@ -22,19 +23,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def _check_device(name: str | None) -> None:
+def _check_device(options: argparse.Namespace) -> None:
     """Refuse what cannot be timed here, before any benchmark is made for it."""
-    if name is None:
-        return
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device has no {name!r}; it takes cpu, cuda or cuda:1") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device takes cpu, cuda or cuda:1, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = f"torch {torch.__version__} finds {torch.cuda.device_count()} GPUs"
-        raise ValueError(f"--device {name} cannot be used: {found}")
+    if options.device is not None:
+        try:
+            options.device = str(usable_device(options.device))
+        except ValueError as error:
+            raise ValueError(f"--device: {error}") from None
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
@@ -61,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_disable_gc = True  # a collection in the middle of a pass would be timed
     config.stash[_LEFT_OUT] = {}
     try:
-        _check_device(config.option.device)
+        _check_device(config.option)
         _check_numbers(config.option)
         cases(config.option)
     except ValueError as error:

@@ -91,17 +91,8 @@ class LoRAConv(LoRALayer):
     ):
         super().__init__(r, lora_alpha, lora_dropout, use_rslora)
         check_dtypes(dtype=dtype, adapter_dtype=adapter_dtype)
-        settings = (
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            check_bias(bias),
-            padding_mode,
-        )
+        check_bias(bias)
+        settings = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         self._adopt(self._wraps(*settings, device=device, dtype=dtype), adapter_dtype, init_lora_weights)
 
     @classmethod

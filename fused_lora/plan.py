@@ -251,10 +251,8 @@ def _with_forms(facts: Facts, strategy: str, forced: dict[str, str], reasons: li
         return Plan(facts=facts, strategy=strategy, upcast=upcast, reasons=tuple(reasons), **forms)
     forms = dict.fromkeys(PIECES, "triton")
     for piece in ("expand", "grad_x"):
-        if facts.device.interpreted:
-            forms[piece] = "pointer"
-        else:
-            forms[piece] = "beta1"
+        # The interpreter has no vendor's GEMM to be faster than: there the fused form is what wants testing.
+        forms[piece] = "pointer" if facts.device.interpreted and not _rounds_twice(facts) else "beta1"
     picked = {}
     for piece in PIECES:
         entry = _entry(facts, piece)
@@ -302,12 +300,22 @@ def _vectors(facts: Facts, *lengths: int) -> list[bool]:
     return [problem.vectors(length) for length in lengths]
 
 
+def _rounds_twice(facts: Facts) -> bool:
+    """Whether a fused GEMM rounds both sides of the low-rank product as far as its result.
+
+    Float32 adapters over float16: to tf32, which has float16's bits. Over a few ranks the errors do not average out.
+    """
+    return facts.dtype == torch.float16 != facts.adapter_dtype and facts.R < 4
+
+
 def _usable(facts: Facts, entry: tuned.Entry, reasons: list[str]) -> bool:
     """Whether the plan may follow an entry; says in ``reasons`` what was measured, or why it is ignored."""
     piece, form = entry.piece, entry.form
     refusal = ""
     if form not in (_GEMM_FORMS if piece in ("expand", "grad_x") else _SKINNY_FORMS):
         refusal = f"{piece} has no such form"
+    elif form in ("pointer", "descriptor") and _rounds_twice(facts):
+        refusal = "with float32 adapters over float16 and fewer than 4 ranks it errs more than the plain layer may"
     elif form == "descriptor":
         refusal = _descriptor_refusal(facts)
     elif entry.tile is not None and _vectors(facts, facts.N, facts.K) != _vectors(facts, entry.N, entry.K):

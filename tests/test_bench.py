@@ -24,20 +24,6 @@ _PYTEST_WITHOUT_PEFT = (
 )
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    """Import a module of ``bench/`` by name; the modules leave with the test."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(BENCH)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny products: a pool of threads on a busy machine only waits for itself
-    yield importlib.import_module
-    torch.set_num_threads(threads)
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCH:
-            del sys.modules[name]
-
-
 def test_pytest_benchmark_quick(tmp_path, bench):
     out = tmp_path / "out.json"
     command = [

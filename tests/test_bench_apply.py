@@ -3,13 +3,12 @@
 import json
 
 import pytest
-from test_bench import bench  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 
 @pytest.fixture
-def module(bench):  # noqa: F811
+def module(bench):
     return bench("apply_step")
 
 
@@ -32,7 +31,7 @@ def test_quick_run_and_report(module, tmp_path, capsys):
     assert "not measured" in module.summary(content, "apply-step.json")[1]
 
 
-def test_what_is_wrong_is_not_timed(module, bench, monkeypatch):  # noqa: F811
+def test_what_is_wrong_is_not_timed(module, bench, monkeypatch):
     shared = bench("llama_step")
     gradients = shared.gradients
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
 import subprocess
@@ -21,17 +20,6 @@ from fused_lora import tuned
 from fused_lora.kernels import tiles
 
 BENCH = Path(__file__).parents[1] / "bench"
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Import a module of ``bench/`` by name; the modules leave with the test."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(BENCH)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCH:
-            del sys.modules[name]
 
 
 def quick(output: Path, *arguments: str) -> dict:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,17 +13,6 @@ import torch
 from fused_lora import tuned
 
 BENCH = Path(__file__).parents[1] / "bench"
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Import a module of ``bench/`` by name; the modules leave with the test."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(BENCH)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCH:
-            del sys.modules[name]
 
 
 def worker(bench, tmp_path, **state):

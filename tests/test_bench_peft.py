@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_bench import bench  # noqa: F401  (a fixture)
 
 
-def test_kept_for_the_backward_is_within_its_bounds(bench):  # noqa: F811
+def test_kept_for_the_backward_is_within_its_bounds(bench):
     """Counted in every regime, with and without dropout; PEFT's own figures beside it."""
     peft_step = bench("peft_step")
     cells = peft_step.kept_cells(rows=256, width=1024)
@@ -22,7 +21,7 @@ def test_kept_for_the_backward_is_within_its_bounds(bench):  # noqa: F811
 
 
 @pytest.fixture
-def quick(bench, tmp_path):  # noqa: F811
+def quick(bench, tmp_path):
     peft_step = bench("peft_step")
     path = tmp_path / "peft-step.json"
     peft_step.main(["--quick", "--output", str(path)])

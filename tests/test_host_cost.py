@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,17 +16,6 @@ BENCH = Path(__file__).parents[1] / "bench"
 @pytest.fixture(autouse=True)
 def poison():
     """Not here: filling fresh memory would be counted as work."""
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Import a module of ``bench/`` by name; the modules leave with the test."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(BENCH)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCH:
-            del sys.modules[name]
 
 
 def test_quick_run_and_its_tables(tmp_path, bench):

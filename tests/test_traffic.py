@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,17 +22,6 @@ CHIP = tiles.Chip(16, (9, 0))
 @pytest.fixture(autouse=True)
 def poison():
     """Not here: filling fresh memory would be counted as traffic."""
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Import a module of ``bench/`` by name; the modules leave with the test."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(BENCH)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCH:
-            del sys.modules[name]
 
 
 @pytest.fixture

@@ -93,6 +93,11 @@ def test_a_forced_form_beats_the_table_and_takes_its_tile_only_in_that_form():
         (entry(), {"N": 4095}, "N = 4095 and K = 4096 must be positive multiples of 8"),
         (entry(), {"capability": (8, 0)}, "a GPU has no TMA"),
         (entry(regime="float32"), {"dtype": torch.float32}, "it is for 16-bit dtypes"),
+        (
+            entry(regime="mixed float16"),
+            {"dtype": torch.float16, "adapter_dtype": torch.float32, "R": 3},
+            "with float32 adapters over float16 and fewer than 4 ranks it errs more",
+        ),
         (entry(form="triton", tile=SKINNY), {}, "expand has no such form"),
         (entry(tile=LowrankTile(64, 128, 16, 4)), {}, "is no tile of the form descriptor"),
         (entry(form="pointer", tile=DESCRIPTOR), {}, "its tile is of the form descriptor"),
