@@ -32,11 +32,11 @@ def table(*entries: Entry, kin=False) -> Tuned:
     return Tuned("NVIDIA H200", "a day, a driver", entries, kin)
 
 
-def facts(known: Tuned | None, dtype=torch.bfloat16, capability=(9, 0), **sizes) -> Facts:
+def facts(known: Tuned | None, dtype=torch.bfloat16, adapter_dtype=None, capability=(9, 0), **sizes) -> Facts:
     device = DeviceFacts("cuda", "a GPU", capability, 132, FLOATS, "", False, tuned=known)
     shape = {"M": 8192, "N": 4096, "K": 4096, "R": 16} | sizes
     dropout = shape.pop("dropout", False)
-    return Facts(**shape, dtype=dtype, adapter_dtype=dtype, dropout=dropout, device=device)
+    return Facts(**shape, dtype=dtype, adapter_dtype=adapter_dtype or dtype, dropout=dropout, device=device)
 
 
 def problem(**sizes) -> Problem:
