@@ -37,7 +37,7 @@ STEP = 1597334677
 GROUP = 8
 _WORD = 0xFFFFFFFF
 # Up to here Python's integers make the words of the groups faster than thirty operators on tiny tensors do.
-_FEW_GROUPS = 32
+_FEW_GROUPS = 16
 # Groups up to which their words are kept from a forward for its backward.
 _KEPT_GROUPS = 1 << 10
 # Elements up to which numpy, where it is installed, makes a whole mask faster than torch: its calls cost less.
@@ -150,9 +150,11 @@ def _few_group_words(seed: int, groups: int) -> tuple[list[int], list[int]]:
 def _group_keys(seed: int | Tensor, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The two words of every group of rows, (r0, r1), int32 of shape (groups, 1)."""
     if isinstance(seed, int) and isinstance(groups, int) and (groups <= _FEW_GROUPS or _numpy() is not None):
-        words = (_kept_words if groups <= _KEPT_GROUPS else _host_words)(seed, groups)
-        r0, r1 = torch.from_numpy(words) if _numpy() else torch.tensor(words, dtype=torch.int32, device="cpu")
-        return r0[:, None].to(device), r1[:, None].to(device)
+        r0, r1 = (_kept_words if groups <= _KEPT_GROUPS else _host_words)(seed, groups)
+        if _numpy() is not None:  # each for itself: to take one tensor apart costs more
+            return torch.from_numpy(r0).to(device), torch.from_numpy(r1).to(device)
+        r0, r1 = torch.tensor((r0, r1), dtype=torch.int32, device="cpu").view(2, groups, 1)
+        return r0.to(device), r1.to(device)
     key0, key1 = _seed_keys(seed)
     group = torch.arange(groups, dtype=torch.int64, device=device)
     r0 = _mix(group ^ key0)  # not in place: under vmap the keys may be a batch
@@ -163,15 +165,15 @@ def _group_keys(seed: int | Tensor, groups: int, device: torch.device) -> tuple[
 def _host_words(seed: int, groups: int) -> Any:
     """Every r0 and r1, without thirty operators on a small tensor: they cost ten times this.
 
-    An int32 array (2, groups), or where numpy is missing two lists.
+    An int32 array (2, groups, 1), or where numpy is missing two lists.
     """
     numpy = _numpy()
     if groups <= _FEW_GROUPS:
         words = [[_signed(word) for word in kind] for kind in _few_group_words(seed, groups)]
-        return words if numpy is None else numpy.array(words, numpy.int32)
+        return words if numpy is None else numpy.array(words, numpy.int32)[:, :, None]
     key0, key1 = _seed_keys(seed)
     first = _mix(numpy.arange(groups, dtype=numpy.uint32) ^ key0)  # arrays of uint32 wrap around by themselves
-    return numpy.stack((first, _mix(first + key1) | 1)).view(numpy.int32)
+    return numpy.stack((first, _mix(first + key1) | 1)).view(numpy.int32)[:, :, None]
 
 
 # The backward asks for the words of its forward: 8 KiB at most for each of as many layers.
@@ -200,11 +202,14 @@ def _cpu_constants(cols: int) -> tuple[Tensor, Tensor]:
         return _column_words(cols, device), _row_factors(device)
 
 
-def _hash(columns: Tensor, r0: Tensor, r1: Tensor) -> Tensor:
-    """u, int32 of shape (groups, cols). ``>>`` on int32 copies the sign, hence the masks after it."""
+def _hash(columns: Tensor, r0: Tensor, r1: Tensor, spare: Tensor | None = None) -> Tensor:
+    """u, int32 of shape (groups, cols). ``>>`` on int32 copies the sign, hence the masks after it.
+
+    ``spare``: memory of that shape to work in.
+    """
     u = columns + r0
-    u.bitwise_xor_((u >> 16).bitwise_and_(0xFFFF)).mul_(r1)
-    return u.bitwise_xor_((u >> 15).bitwise_and_(0x1FFFF))
+    u.bitwise_xor_(torch.bitwise_right_shift(u, 16, out=spare).bitwise_and_(0xFFFF)).mul_(r1)
+    return u.bitwise_xor_(torch.bitwise_right_shift(u, 15, out=spare).bitwise_and_(0x1FFFF))
 
 
 def keep_mask(seed: int | Tensor, rows: int, cols: int, p: float, device: torch.device | str | None = None) -> Tensor:
@@ -246,7 +251,7 @@ def _small_dropped(seed: int, rows: int, cols: int, p: float) -> Any:
     """Where a whole mask of few rows drops, a bool array (rows, cols) that is kept like :data:`_kept_words`."""
     numpy = _numpy()
     columns, factors = _numpy_constants(cols)
-    r0, r1 = numpy.array(_few_group_words(seed, -(-rows // GROUP)), numpy.uint32)[:, :, None]
+    r0, r1 = _host_words(seed, -(-rows // GROUP)).view(numpy.uint32)
     u = columns + r0
     u ^= u >> 16
     u *= r1
@@ -264,16 +269,16 @@ def part(t: Tensor, start: int, stop: int) -> Tensor:
 class BlockMask:
     """The mask of one call, applied to blocks of rows without ever existing whole (the ``torch`` strategy).
 
-    The scratch of a block is reused from block to block, so the temporary memory does not grow with M.
+    Its scratch is that of a block and reused from block to block, so the temporary memory does not grow with M.
     """
 
     def __init__(self, seed: Tensor, rows: int, cols: int, p: float):
-        self._scratch: tuple[Tensor, Tensor] | None = None
+        self._scratch: Tensor | None = None  # of h, int32
         self._small: Tensor | None = None
         self.scale = keep_scale(p)
         self._device = device = seed.device
         on_cpu = device.type == "cpu"
-        if on_cpu and 0 < rows * cols <= _SMALL and rows <= GROUP * _FEW_GROUPS and _numpy() is not None:
+        if on_cpu and 0 < rows * cols <= _SMALL and _numpy() is not None:
             self._small = torch.from_numpy(_small_dropped(int(seed), rows, cols, p))
             return
         # On a CPU as Python's integers, which cost less than 0-d tensors; to read a GPU's seed would synchronise.
@@ -281,7 +286,8 @@ class BlockMask:
         constants = _cpu_constants(cols) if on_cpu else (_column_words(cols, device), _row_factors(device))
         self._columns, self._factors = constants
         self._threshold = threshold(p)
-        self._flags: Tensor | None = None
+        self._flags: Tensor | None = None  # where the rows of the last hashes are kept, in the memory after it
+        self._flag_memory: Tensor | None = None
         self._hashed: tuple[int, int, Tensor] | None = None  # first and last group hashed, and their u
 
     def hashes(self, start: int, rows: int) -> Tensor:
@@ -294,40 +300,25 @@ class BlockMask:
         self._flags = None
         first, skip = divmod(start, GROUP)
         groups = -(-(skip + rows) // GROUP)
-        u = self._group_hashes(first, first + groups)
-        own, _ = self._blocks(groups * GROUP)
+        if self._scratch is None or self._scratch.shape[0] < groups * GROUP:
+            # Made for each call: memory that the layers before have just freed is warmer than any that is kept.
+            self._scratch = torch.empty(groups * GROUP, self._columns.shape[0], dtype=torch.int32, device=self._device)
+        own = part(self._scratch, 0, groups * GROUP)
+        u = self._group_hashes(first, first + groups, own)
         if groups == 1:  # a few rows: theirs alone
             return torch.mul(u, self._factors[skip : skip + rows], out=part(own, 0, rows))
-        torch.mul(u[:, None], self._factors, out=part(own, 0, groups * GROUP).view(groups, GROUP, own.shape[1]))
+        torch.mul(u[:, None], self._factors, out=own.view(groups, GROUP, own.shape[1]))
         return part(own, skip, skip + rows)
 
-    def _group_hashes(self, first: int, last: int) -> Tensor:
+    def _group_hashes(self, first: int, last: int, spare: Tensor) -> Tensor:
         """u of the groups first..last, and of some that follow: calling its operators costs more than their work."""
         r0, r1 = self._keys
         if self._hashed is None or first < self._hashed[0] or last > self._hashed[1]:
             stop = min(max(last, first + _HASHED // max(len(self._columns), 1)), len(r0))
-            self._hashed = first, stop, _hash(self._columns, part(r0, first, stop), part(r1, first, stop))
+            free = spare[: stop - first] if stop - first <= len(spare) else None
+            self._hashed = first, stop, _hash(self._columns, part(r0, first, stop), part(r1, first, stop), free)
         start, _, u = self._hashed
         return part(u, first - start, last - start)
-
-    def _blocks(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Two int32 blocks of at least ``rows`` rows: for h, and for the caller."""
-        if self._scratch is None or self._scratch[0].shape[0] < rows:
-            # Made for each call: memory that the layers before have just freed is warmer than any that is kept.
-            own = torch.empty(rows, self._columns.shape[0], dtype=torch.int32, device=self._device)
-            self._scratch = (own, torch.empty_like(own))
-        return self._scratch
-
-    def spare(self, hashes: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Memory of the shape of ``hashes`` in ``dtype`` that is free until the next call of :meth:`hashes`, or None.
-
-        Fresh memory costs a CPU more than the operator that fills it.
-        """
-        if self._scratch is None or dtype.itemsize > 4:
-            return None
-        if dtype.itemsize == 4:  # the flags lie there
-            self._flags = None
-        return self._scratch[1].view(-1).view(dtype)[: hashes.numel()].view(hashes.shape)
 
     def zero_dropped(self, block: Tensor, hashes: Tensor, out: Tensor | None = None) -> Tensor:
         """``block`` (contiguous) with its dropped elements 0; survivors unscaled. ``out``: where to, also ``block``.
@@ -338,23 +329,22 @@ class BlockMask:
             if out is None:
                 return block.masked_fill(hashes, 0.0)
             return (out if out is block else out.copy_(block)).masked_fill_(hashes, 0.0)
-        size = block.element_size()
-        words = block.view(_WORD_OF_SIZE[size])
-        target = torch.empty_like(words) if out is None else out.view(words.dtype)
-        if size == 4:  # one pass: the words where h > threshold, else 0
+        out = torch.empty_like(block) if out is None else out
+        dtype = _WORD_OF_SIZE[block.element_size()]
+        target = out.view(dtype)
+        words = target if out is block else block.view(dtype)
+        if dtype == torch.int32:  # one pass: the words where h > threshold, else 0
             torch.ops.aten.threshold_backward.grad_input(words, hashes, self._threshold, grad_input=target)
         else:
-            torch.mul(words, self._kept(hashes, words.dtype), out=target)
-        return target.view(block.dtype)
+            torch.mul(words, self._kept(hashes, dtype), out=target)
+        return out
 
     def _kept(self, hashes: Tensor, dtype: torch.dtype) -> Tensor:
-        """1 where an element is kept, else 0; of two bytes: in the half of the spare that :meth:`spare` leaves."""
-        if self._scratch is None or dtype.itemsize > 2:
-            return (hashes > self._threshold).to(dtype)
-        if self._flags is None:
-            memory = self._scratch[1].view(-1).view(dtype)
-            self._flags = memory[memory.numel() - hashes.numel() :].view(hashes.shape)
-            torch.gt(hashes, self._threshold, out=self._flags)
+        """1 where an element is kept, else 0; one tensor for all blocks of these rows."""
+        if self._flags is None or self._flags.dtype != dtype:
+            if self._flag_memory is None or self._flag_memory.dtype != dtype or len(self._flag_memory) < len(hashes):
+                self._flag_memory = torch.empty_like(hashes, dtype=dtype)
+            self._flags = torch.gt(hashes, self._threshold, out=part(self._flag_memory, 0, len(hashes)))
         return self._flags
 
 

@@ -1,11 +1,13 @@
-"""Products with the rank among their sizes, in float32 on a CPU: a batch of smaller ones instead of one.
+"""Products with the rank among their sizes, as a CPU makes them fastest.
 
 M rows, R rank, P and K columns: t (M, R), f (R, P), x (M, K).
 
-MKL multiplies matrices that are R wide slowly when they are given to it whole: it cuts them for its threads and its
-caches where they are narrow. Cut into a batch by us, tᵀ x takes 55 to 80 % of the time, t f with few ranks 45 to 80 %
-(AMD EPYC, 2 threads, torch 2.13, 2026-11-25; docs/tuning-notes.md). Each element is summed in float32 over the same
-terms either way. Elsewhere these are the plain products.
+float32: MKL multiplies matrices that are R wide slowly when they are given to it whole: it cuts them for its threads
+and its caches where they are narrow. Cut into a batch by us, tᵀ x takes 55 to 80 % of the time, t f with few ranks 45
+to 80 % (AMD EPYC, 2 threads, torch 2.13, 2026-11-25). bfloat16: oneDNN makes a result that is R high in half to nine
+tenths of the time of one R wide, up to 32 ranks (another AMD EPYC, 2 threads, torch 2.13, 2026-11-29). More in
+docs/tuning-notes.md. Each element is summed in float32 over the same terms either way. Elsewhere these are the plain
+products.
 """
 
 from __future__ import annotations
@@ -17,6 +19,10 @@ from torch import Tensor
 
 # Columns of a part of tᵀ x: the nearest divisor of K to 128 within these.
 _NARROWEST, _WIDTH, _WIDEST = 64, 128, 160
+# Ranks up to which a bfloat16 product R columns wide is made R rows high and turned, and elements of x from which it
+# is: with fewer, turning it costs what that saves.
+_NARROW = 32
+_MANY = 1 << 20
 # Elements of x, or of t f, below which one product is as fast.
 _LEAST = 1 << 16
 
@@ -52,13 +58,24 @@ def add_product(y: Tensor, t: Tensor, f: Tensor, alpha: float = 1.0, keep: bool 
     parts = rows // height if height else 0
     if parts < 2:
         return y.addmm_(t, f, beta=beta, alpha=alpha)
-    whole = parts * height
-    y[:whole].unflatten(0, (parts, height)).baddbmm_(
-        t[:whole].unflatten(0, (parts, height)), f.expand(parts, -1, -1), beta=beta, alpha=alpha
-    )
+    whole, batch = parts * height, y
     if whole < rows:
         y[whole:].addmm_(t[whole:], f, beta=beta, alpha=alpha)
+        batch, t = y[:whole], t[:whole]
+    batch.view(parts, height, f.shape[1]).baddbmm_(
+        t.view(parts, height, rank), f.expand(parts, -1, -1), beta=beta, alpha=alpha
+    )
     return y
+
+
+def narrow_product(x: Tensor, f: Tensor, alpha: float = 1.0) -> Tensor:
+    """alpha · x f, (M, R), contiguous, in the dtype of both; f is (K, R)."""
+    turned = f.shape[1] <= _NARROW and x.is_cpu and x.dtype == torch.bfloat16 and x.numel() >= _MANY
+    if turned:
+        x, f = f.t(), x.t()
+    # beta = 0: the first is not read.
+    product = torch.mm(x, f) if alpha == 1.0 else torch.addmm(x.new_empty(1), x, f, beta=0, alpha=alpha)
+    return product.t().contiguous() if turned else product
 
 
 class RowSum:
@@ -81,15 +98,14 @@ class RowSum:
             x = x.unflatten(1, (self._parts, -1)).transpose(0, 1)
             self._sum = torch.bmm(left, x) if total is None else total.baddbmm_(left, x)
         elif total is None:
-            product = torch.mm(left, x)
-            self._sum = product if self._acc == self.operands else product.to(self._acc)
+            self._sum = torch.mm(left, x)  # in ``operands`` while it is the only one: to cast it tells no more
         elif self._acc == self.operands:
             total.addmm_(left, x)
         else:
-            total.add_(torch.mm(left, x))
+            self._sum = total.to(self._acc).add_(torch.mm(left, x))
 
     def total(self) -> Tensor:
-        """The sum, (R, K), contiguous; 0 where no row was added."""
+        """The sum, (R, K), contiguous, as its one product rounded it if there was but one; 0 where no row was added."""
         if self._sum is None:
             return torch.zeros(self._shape, dtype=self._acc, device=self._device)
         return self._sum if self._sum.dim() == 2 else self._sum.transpose(0, 1).flatten(1)

@@ -22,12 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import GROUP, BlockMask, part
-from .rank_products import RowSum, add_product, row_sum
+from .rank_products import RowSum, add_product, narrow_product, row_sum
 
 # Elements in a block of rows that is masked or cast. On a CPU the block and its scratch stay in the caches; on a GPU
 # fewer, larger launches matter more than cache.
 _CPU_BLOCK = 1 << 19
 _GPU_BLOCK = 1 << 24
+# Ranks up to which a bfloat16 result of more than one block takes float32 factors as bfloat16 halves.
+_FEW_RANKS = 32
 # Elements of a float32 block in the upcast GEMMs: 64 MiB of rows, 16 MiB of weight. Bounds the temporary memory.
 _UPCAST_ROWS = 1 << 24
 _UPCAST_WEIGHT = 1 << 22
@@ -79,13 +81,16 @@ def _row_blocks(t: Tensor) -> Iterator[tuple[int, int]]:
     return _blocks(t.shape[0], max(rows - rows % GROUP, 2 * GROUP))  # whole groups: the mask hashes no row for nothing
 
 
-def _dropped(x: Tensor, i: int, j: int, mask: BlockMask, hashes: Tensor, acc: torch.dtype) -> Tensor:
-    """Rows i..j of x in ``acc`` with the dropped elements zero; the rank-wide side carries 1/(1-p)."""
-    block, free = part(x, i, j), mask.spare(hashes, acc)
-    if block.dtype == acc:
-        return mask.zero_dropped(block.contiguous(), hashes, out=free)
-    block = block.to(acc).contiguous() if free is None else free.copy_(block)
-    return mask.zero_dropped(block, hashes, out=block)
+def _memory(block: Tensor, dtype: torch.dtype) -> Tensor:
+    """For one block after another: fresh memory costs a CPU more than the operator that fills it."""
+    return torch.empty(block.shape, dtype=dtype, device=block.device)
+
+
+def _dropped(block: Tensor, mask: BlockMask, hashes: Tensor, out: Tensor) -> Tensor:
+    """The block in ``out``, its dropped elements zero; the rank-wide side carries 1/(1-p)."""
+    if block.dtype != out.dtype or not block.is_contiguous():
+        block = out.copy_(block)
+    return mask.zero_dropped(block, hashes, out=out)
 
 
 def _in_blocks(x: Tensor, dtype: torch.dtype, mask: BlockMask | None = None) -> Iterator[tuple[int, int, Tensor]]:
@@ -93,11 +98,10 @@ def _in_blocks(x: Tensor, dtype: torch.dtype, mask: BlockMask | None = None) -> 
     memory: Tensor | None = None
     for i, j in _row_blocks(x):
         block = part(x, i, j)
-        if mask is not None:
-            block = _dropped(x, i, j, mask, mask.hashes(i, j - i), dtype)
-        elif block.dtype != dtype:
-            memory = torch.empty_like(block, dtype=dtype) if memory is None else memory  # the first is the largest
-            block = part(memory, 0, j - i).copy_(block)
+        if mask is not None or block.dtype != dtype:
+            memory = _memory(block, dtype) if memory is None else memory  # the first is the largest
+            out = part(memory, 0, j - i)
+            block = out.copy_(block) if mask is None else _dropped(block, mask, mask.hashes(i, j - i), out)
         yield i, j, block
 
 
@@ -106,20 +110,22 @@ def shrink(x: Tensor, a: Tensor, mask: BlockMask | None, upcast: bool) -> Tensor
     acc = acc_dtype(a.dtype)
     native = _native(x, a.dtype, upcast)
     if mask is None and native:
-        return torch.mm(x, a.t())
+        return narrow_product(x, a.t())
     work = a.dtype if native else acc
     a_t = _in(a, work).t()
     if _tiny(x):
-        block = _in(x, work) if mask is None else _dropped(x, 0, x.shape[0], mask, mask.hashes(0, x.shape[0]), work)
+        block = _in(x, work)
+        if mask is not None:
+            block = mask.zero_dropped(block.contiguous(), mask.hashes(0, x.shape[0]))
         s = _in(torch.mm(block, a_t), acc)
         return s if mask is None else s.mul_(mask.scale)
-    s = x.new_empty(x.shape[0], a.shape[0], dtype=acc)
+    s = x.new_empty(x.shape[0], a.shape[0], dtype=work)
     for i, j, block in _in_blocks(x, work, mask):
-        if work == acc:
+        if mask is None or work == acc:
             torch.mm(block, a_t, out=part(s, i, j))
         else:
-            part(s, i, j).copy_(torch.mm(block, a_t))
-    return s if mask is None else s.mul_(mask.scale)
+            part(s, i, j).copy_(_scaled_product(block, a_t, mask.scale))
+    return s if mask is None or work != acc else s.mul_(mask.scale)
 
 
 def expand(
@@ -141,11 +147,11 @@ def expand(
             if not _base_first(x, dtype):
                 if bias is None and s.dtype == b.dtype == dtype:
                     return _scaled_product(s, b.t(), scale).addmm_(x, w.t())
-            elif b.dtype == dtype or (_tiny(x) and x.shape[0] * w.shape[0] <= _TINY):
+            else:
                 y = F.linear(x, w, None if bias is None else _in(bias, dtype))
-                if b.dtype == dtype:
-                    return add_product(y, _in(s, dtype), b.t(), alpha=scale)
-                return y.add_(torch.mm(s, b.t()), alpha=scale)
+                if b.dtype != dtype and _tiny(x) and y.numel() <= _TINY:
+                    return y.add_(torch.mm(s, b.t()), alpha=scale)
+                return _add_product(y, _in(s, b.dtype if b.dtype == dtype else acc_dtype(dtype)), b.t(), scale)
     t = _in(s, acc_dtype(dtype)) * scale
     if lora_bias is not None:
         t, b = with_rank(t, b, scale, lora_bias)
@@ -153,8 +159,7 @@ def expand(
         return _expand_upcast(x, w, bias, t, b, dtype)
     if _base_first(x, dtype):
         # Where b and lora_bias are zero, y is the frozen layer's output bit for bit.
-        y = F.linear(x, w, None if bias is None else bias.to(dtype))
-        return add_product(y, *_rank_factors(t, b.t(), dtype))
+        return _add_product(F.linear(x, w, None if bias is None else bias.to(dtype)), t, b.t())
     if bias is not None:
         t, b = with_rank(t, b, 1.0, bias)
     return _rank_product(t, b.t(), dtype).addmm_(x, w.t())
@@ -168,9 +173,7 @@ def scale_inside(scale: float | Tensor) -> TypeGuard[float]:
 
 def _scaled_product(t: Tensor, f: Tensor, scale: float | Tensor) -> Tensor:
     """scale · t f in the dtype of both; rounded once where the scale goes inside."""
-    if scale_inside(scale):
-        return torch.addmm(t.new_empty(1), t, f, beta=0, alpha=scale)  # beta = 0: the first is not read
-    return torch.mm(t, f).mul_(scale)
+    return narrow_product(t, f, scale) if scale_inside(scale) else narrow_product(t, f).mul_(scale)
 
 
 def with_rank(t: Tensor, b: Tensor, factor: float | Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,6 +209,21 @@ def _rank_factors(t: Tensor, f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
         right.append((f - f_high).to(dtype))
     factor = torch.cat(right, dim=1 if turned else 0)
     return torch.cat(left, dim=1), factor.t() if turned else factor
+
+
+def _add_product(y: Tensor, t: Tensor, f: Tensor, alpha: float = 1.0) -> Tensor:
+    """y += alpha · t f, in place; y (M, P) contiguous, t (M, R), f (R, P)."""
+    wide = y.dtype == torch.bfloat16 and t.dtype == f.dtype == torch.float32 and on_cpu(y)
+    if not wide or (y.numel() > _CPU_BLOCK and len(f) <= _FEW_RANKS):
+        return add_product(y, *_rank_factors(t, f, y.dtype), alpha=alpha)
+    # y itself becomes float32, block by block: two casts in the caches cost less than splitting two factors into
+    # halves, and each rank a third of what three halves do.
+    memory: Tensor | None = None
+    for i, j in _row_blocks(y):
+        block = part(y, i, j)
+        memory = _memory(block, torch.float32) if memory is None else memory
+        block.copy_(add_product(part(memory, 0, j - i).copy_(block), part(t, i, j), f, alpha=alpha))
+    return y
 
 
 def _expand_upcast(x: Tensor, w: Tensor, bias: Tensor | None, t: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -336,22 +354,22 @@ def _add_lowrank(
     if mask is None and _tiny(dx) and a.dtype == t.dtype:
         dx.add_(torch.mm(t, a)) if dx.dtype != t.dtype else dx.addmm_(t, a)
         return
-    left, right = _rank_factors(t, a, dx.dtype) if _base_first(dx, dx.dtype) else (t, a)
     if mask is None:
-        add_product(dx, left, right)
+        _add_product(dx, t, a)
         return
+    left, right = (_in(t, a.dtype), a) if dx.dtype == a.dtype else (t, _in(a, t.dtype))
+    memory: Tensor | None = None
     for i, j in _row_blocks(dx):
+        block = part(dx, i, j)
         hashes = mask.hashes(start + i, j - i)
-        lowrank = _product(part(left, i, j), right, mask.spare(hashes, left.dtype))
-        part(dx, i, j).add_(mask.zero_dropped(lowrank, hashes, out=lowrank))
+        memory = _memory(block, left.dtype) if memory is None else memory
+        lowrank = add_product(part(memory, 0, j - i), part(left, i, j), right, keep=False)
+        lowrank = mask.zero_dropped(lowrank, hashes, out=lowrank)
+        block.add_(_in(lowrank, dx.dtype) if on_cpu(dx) else lowrank)  # a CPU is slow where the dtypes differ
         if x is not None and da is not None:
-            dropped = _dropped(x, start + i, start + j, mask, hashes, da.operands)
+            spare = lowrank if da.operands == left.dtype else _memory(block, da.operands)
+            dropped = _dropped(part(x, start + i, start + j), mask, hashes, spare)
             da.add(_in(part(t, i, j), da.operands), dropped)
-
-
-def _product(t: Tensor, f: Tensor, free: Tensor | None) -> Tensor:
-    """t f, in memory that is free where there is some."""
-    return torch.mm(t, f) if free is None else add_product(free, t, f, keep=False)
 
 
 def _grad_x_upcast(

@@ -32,10 +32,10 @@ GRADIENTS = ("x", "lora_a", "lora_b", "bias", "lora_bias")
 # rounding errors is a coin toss for either side, and the ratio of two such tosses says nothing. The pooled max norm is
 # the mean of the draws' max norms (their maximum would be a single toss again), the pooled RMS norm is over all
 # elements. One-element results of two implementations that only order their operations differently then stay within
-# a factor of 1.5 of each other. An interpreted kernel takes too long for so many draws: its cases have no such results.
+# a factor of 1.5 of each other. An interpreted kernel takes too long for so many draws.
 _POOL = 128
 _MAX_DRAWS = 128
-_MAX_INTERPRETED_DRAWS = 4
+_MAX_INTERPRETED_DRAWS = 16
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def block_sizes(blocks: str):
             smaller: dict[Any, dict[str, Any]] = {
                 vendor: {"_CPU_BLOCK": 64, "_UPCAST_ROWS": 1024, "_UPCAST_WEIGHT": 1024, "_TINY": 0},
                 dropout: {"_HASHED": 256},
-                rank_products: {"_LEAST": 0, "_NARROWEST": 3, "_WIDTH": 5, "_WIDEST": 16},
+                rank_products: {"_LEAST": 0, "_MANY": 0, "_NARROWEST": 3, "_WIDTH": 5, "_WIDEST": 16},
             }
             smaller[rank_products]["_column_parts"] = rank_products._column_parts.__wrapped__  # nothing remembered
             for module, values in smaller.items():
@@ -237,7 +237,8 @@ def block_sizes(blocks: str):
 
 
 def _draws(case: Case) -> int:
-    sizes = [case.rows * case.N, case.rows * case.K, case.R * case.K, case.N * case.R]
+    # rows x R: da of a single row has as many elements as A, but no more independent errors than ds has.
+    sizes = [case.rows * case.N, case.rows * case.K, case.R * case.K, case.N * case.R, case.rows * case.R]
     if case.biases != "none":
         sizes.append(case.N)
     smallest = min(sizes)

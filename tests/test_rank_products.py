@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fused_lora import rank_products
-from fused_lora.rank_products import RowSum, add_product, row_sum
+from fused_lora.rank_products import RowSum, add_product, narrow_product, row_sum
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="without MKL nothing is cut")
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -68,6 +68,18 @@ def test_row_sum_of_a_lower_dtype_and_of_no_rows():
     none = RowSum(12, x, FP32, FP32)
     assert torch.equal(none.total(), torch.zeros(12, 2048))
     assert torch.equal(none.turned(), torch.zeros(2048, 12))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+@pytest.mark.parametrize("rank", [1, 8, 32, 33])
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+def test_narrow_product(rank, alpha, layout):
+    """Large enough to be turned; the whole numbers of the result fit into bfloat16."""
+    x, f = whole_numbers(512, 2048, dtype=BF16).sign(), torch.zeros(2048, rank, dtype=BF16)
+    f[::128] = whole_numbers(16, rank, dtype=BF16)
+    found = narrow_product(laid_out(x, layout), laid_out(f, layout), alpha)
+    assert torch.equal(found.double(), alpha * (x.double() @ f.double()))
+    assert found.is_contiguous()
 
 
 def test_which_products_are_cut():
