@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from .blocks import acc_dtype
 from .dropout import keep_mask, keep_scale
-from .vendor import acc_dtype
 
 
 def transformed() -> bool:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .blocks import part
 from .checks import as_number
 
 GOLDEN = 0x9E3779B1  # odd, 2**32 / golden ratio: neighbouring columns start far apart
@@ -259,11 +260,6 @@ def _small_dropped(seed: int, rows: int, cols: int, p: float) -> Any:
     dropped = (u[:, None] * factors).view(numpy.int32) <= threshold(p)
     dropped = dropped.reshape(-1, cols)[:rows]
     return dropped.copy() if rows % GROUP else dropped  # a view would keep the rows of the whole group
-
-
-def part(t: Tensor, start: int, stop: int) -> Tensor:
-    """Rows start..stop of t; t itself where that is all of it, for a slice costs as much as a small product."""
-    return t if stop - start == t.shape[0] else t[start:stop]
 
 
 class BlockMask:

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import pieces
+from .blocks import acc_dtype
 from .checks import without_autocast
 from .derivatives import expressions_wanted
 from .peft_several import add_lowrank
 from .plan import Plan, plan_for
-from .rank_products import add_product
-from .vendor import acc_dtype, scale_inside, with_rank
+from .rank_products import add_product, scale_inside, with_rank
 
 
 class Span(NamedTuple):

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from . import pieces
+from .blocks import acc_dtype
 from .checks import without_autocast
 from .derivatives import expressions_wanted
 from .dropout import keep_mask, keep_scale
 from .plan import Plan, plan_for
-from .vendor import acc_dtype
 
 # Elements of dx that are in the accumulation dtype at one time.
 _BLOCK = 1 << 20

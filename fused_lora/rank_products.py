@@ -13,9 +13,13 @@ products.
 from __future__ import annotations
 
 import functools
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
+
+from . import blocks
+from .blocks import in_dtype, memory_for, part, row_blocks
 
 # Columns of a part of tᵀ x: the nearest divisor of K to 128 within these.
 _NARROWEST, _WIDTH, _WIDEST = 64, 128, 160
@@ -23,6 +27,9 @@ _NARROWEST, _WIDTH, _WIDEST = 64, 128, 160
 # is: with fewer, turning it costs what that saves.
 _NARROW = 32
 _MANY = 1 << 20
+# Ranks up to which a bfloat16 result of more than one block takes float32 factors as bfloat16 halves.
+_FEW_RANKS = 32
+_LEAST_SCALE = torch.finfo(torch.float32).tiny
 # Elements of x, or of t f, below which one product is as fast.
 _LEAST = 1 << 16
 
@@ -50,8 +57,8 @@ def _rows_of_a_part(rows: int, rank: int) -> int:
     return 64 if rank <= 16 or rows <= 256 else 0
 
 
-def add_product(y: Tensor, t: Tensor, f: Tensor, alpha: float = 1.0, keep: bool = True) -> Tensor:
-    """y += alpha · t f, in place, y (M, P) contiguous; without ``keep`` what y held is not read."""
+def _add_at_once(y: Tensor, t: Tensor, f: Tensor, alpha: float, keep: bool) -> Tensor:
+    """:func:`add_product` of factors in the dtype of y."""
     beta = 1.0 if keep else 0.0
     rows, rank = t.shape
     height = _rows_of_a_part(rows, rank) if _batches(y, y.dtype) else 0
@@ -76,6 +83,72 @@ def narrow_product(x: Tensor, f: Tensor, alpha: float = 1.0) -> Tensor:
     # beta = 0: the first is not read.
     product = torch.mm(x, f) if alpha == 1.0 else torch.addmm(x.new_empty(1), x, f, beta=0, alpha=alpha)
     return product.t().contiguous() if turned else product
+
+
+def scale_inside(scale: float | Tensor) -> TypeGuard[float]:
+    """Whether a product may multiply by the scale itself. Not at NaN, nor where float32 makes it 0: BLAS then skips the
+    product, where Inf in it makes NaN."""
+    return not isinstance(scale, Tensor) and abs(scale) >= _LEAST_SCALE
+
+
+def scaled_product(t: Tensor, f: Tensor, scale: float | Tensor) -> Tensor:
+    """scale · t f in the dtype of both; rounded once where the scale goes inside."""
+    return narrow_product(t, f, scale) if scale_inside(scale) else narrow_product(t, f).mul_(scale)
+
+
+def with_rank(t: Tensor, b: Tensor, factor: float | Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """t and b with one more rank, which adds factor · vector to every row of t bᵀ: no pass over y, no rounding of y."""
+    return torch.cat([t, torch.ones_like(t[:, :1]) * factor], dim=1), torch.cat([b, vector[:, None]], dim=1)
+
+
+def rank_product(t: Tensor, f: Tensor, dtype: torch.dtype) -> Tensor:
+    """t f, (M, R) x (R, P), rounded once to ``dtype``; t is float32. float16 cannot hold t's range."""
+    if dtype != torch.bfloat16:
+        return torch.mm(t, f.to(t.dtype)).to(dtype)
+    return torch.mm(*_rank_factors(t, f, dtype))
+
+
+def _rank_factors(t: Tensor, f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors in ``dtype`` whose product is t f, (M, R) x (R, P).
+
+    bfloat16: t and a float32 f are split into high and low halves that stand side by side along R, so one bfloat16 GEMM
+    loses nothing of them and no float32 (M, P) tensor exists. On a CPU, where each rank of that GEMM counts, a t that
+    goes with a bfloat16 f is rounded, as the plain layer rounds s.
+    """
+    if dtype != torch.bfloat16:
+        return t, in_dtype(f, dtype)
+    t_high = in_dtype(t, dtype)
+    if f.dtype == dtype and (t.dtype == dtype or blocks.on_cpu(t)):
+        return t_high, f
+    turned = f.stride(0) == 1  # a transposed factor stays one: copying it row by row would take longer than the product
+    f = f.t() if turned else f
+    f_high = in_dtype(f, dtype)
+    left, right = [t_high, (t - t_high).to(dtype)], [f_high, f_high]
+    if f.dtype != dtype:
+        left.append(t_high)
+        right.append((f - f_high).to(dtype))
+    factor = torch.cat(right, dim=1 if turned else 0)
+    return torch.cat(left, dim=1), factor.t() if turned else factor
+
+
+def add_product(y: Tensor, t: Tensor, f: Tensor, alpha: float = 1.0, keep: bool = True) -> Tensor:
+    """y += alpha · t f, in place, y (M, P) contiguous; without ``keep`` what y held is not read.
+
+    float32 factors of a bfloat16 y lose nothing.
+    """
+    widened = y.dtype == torch.bfloat16 and t.dtype == f.dtype == torch.float32 and blocks.on_cpu(y)
+    if not widened or (y.numel() > blocks.CPU_BLOCK and len(f) <= _FEW_RANKS):
+        return _add_at_once(y, *_rank_factors(t, f, y.dtype), alpha, keep)
+    # y itself becomes float32, block by block: two casts in the caches cost less than splitting two factors into
+    # halves, and each rank a third of what three halves do.
+    memory: Tensor | None = None
+    for i, j in row_blocks(y):
+        block = part(y, i, j)
+        memory = memory_for(block, torch.float32) if memory is None else memory
+        wide = part(memory, 0, j - i)
+        wide = wide.copy_(block) if keep else wide
+        block.copy_(_add_at_once(wide, part(t, i, j), f, alpha, keep))
+    return y
 
 
 class RowSum:

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import pieces
+from .blocks import acc_dtype
 from .checks import without_autocast
 from .derivatives import differentiable_backward, expressions_wanted
 from .plan import Plan, plan_for
-from .vendor import acc_dtype
 
 _library = torch.library.Library("fused_lora", "DEF")
 _library.define(

@@ -15,47 +15,28 @@ become float32 block by block: torch's own fallback there is many times slower. 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import GROUP, BlockMask, part
-from .rank_products import RowSum, add_product, narrow_product, row_sum
+from . import blocks
+from .blocks import acc_dtype, in_dtype, memory_for, part, ranges, row_blocks, tiny
+from .dropout import BlockMask
+from .rank_products import (
+    RowSum,
+    add_product,
+    narrow_product,
+    rank_product,
+    row_sum,
+    scale_inside,
+    scaled_product,
+    with_rank,
+)
 
-# Elements in a block of rows that is masked or cast. On a CPU the block and its scratch stay in the caches; on a GPU
-# fewer, larger launches matter more than cache.
-_CPU_BLOCK = 1 << 19
-_GPU_BLOCK = 1 << 24
-# Ranks up to which a bfloat16 result of more than one block takes float32 factors as bfloat16 halves.
-_FEW_RANKS = 32
 # Elements of a float32 block in the upcast GEMMs: 64 MiB of rows, 16 MiB of weight. Bounds the temporary memory.
 _UPCAST_ROWS = 1 << 24
 _UPCAST_WEIGHT = 1 << 22
-# Elements up to which a tensor on a CPU is tiny: a pass over it in the caches takes about as long as a dispatch.
-_TINY = 1 << 13
-_LEAST_SCALE = torch.finfo(torch.float32).tiny
-
-
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are kept in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _in(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t`` in ``dtype``. Where it is so already this spares the dispatch of ``to``, a third of a small product."""
-    return t if t.dtype == dtype else t.to(dtype)
-
-
-def on_cpu(t: Tensor) -> bool:
-    """Whether ``t`` takes the forms of a CPU. Asked here alone: a test without a GPU answers for one."""
-    return t.is_cpu
-
-
-def _tiny(t: Tensor) -> bool:
-    """Whether an operator on ``t`` takes longer to call than to compute: then the fewest operators win, not bytes."""
-    return on_cpu(t) and t.numel() <= _TINY
 
 
 def _native(t: Tensor, dtype: torch.dtype, upcast: bool) -> bool:
@@ -65,25 +46,7 @@ def _native(t: Tensor, dtype: torch.dtype, upcast: bool) -> bool:
 
 def _base_first(t: Tensor, dtype: torch.dtype) -> bool:
     """Whether the frozen product is made first and the low-rank product added to it (natively, in ``dtype``)."""
-    return dtype == acc_dtype(dtype) or (dtype == torch.bfloat16 and on_cpu(t))
-
-
-def _blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of consecutive ranges of at most ``size`` that cover ``total``."""
-    size = max(size, 1)
-    for start in range(0, total, size):
-        yield start, min(start + size, total)
-
-
-def _row_blocks(t: Tensor) -> Iterator[tuple[int, int]]:
-    elements = _CPU_BLOCK if on_cpu(t) else _GPU_BLOCK
-    rows = elements // max(t.shape[1], 1)
-    return _blocks(t.shape[0], max(rows - rows % GROUP, 2 * GROUP))  # whole groups: the mask hashes no row for nothing
-
-
-def _memory(block: Tensor, dtype: torch.dtype) -> Tensor:
-    """For one block after another: fresh memory costs a CPU more than the operator that fills it."""
-    return torch.empty(block.shape, dtype=dtype, device=block.device)
+    return dtype == acc_dtype(dtype) or (dtype == torch.bfloat16 and blocks.on_cpu(t))
 
 
 def _dropped(block: Tensor, mask: BlockMask, hashes: Tensor, out: Tensor) -> Tensor:
@@ -96,10 +59,10 @@ def _dropped(block: Tensor, mask: BlockMask, hashes: Tensor, out: Tensor) -> Ten
 def _in_blocks(x: Tensor, dtype: torch.dtype, mask: BlockMask | None = None) -> Iterator[tuple[int, int, Tensor]]:
     """(i, j, rows i..j of drop(x) in ``dtype``) of block after block, each in the same memory where one is made."""
     memory: Tensor | None = None
-    for i, j in _row_blocks(x):
+    for i, j in row_blocks(x):
         block = part(x, i, j)
         if mask is not None or block.dtype != dtype:
-            memory = _memory(block, dtype) if memory is None else memory  # the first is the largest
+            memory = memory_for(block, dtype) if memory is None else memory  # the first is the largest
             out = part(memory, 0, j - i)
             block = out.copy_(block) if mask is None else _dropped(block, mask, mask.hashes(i, j - i), out)
         yield i, j, block
@@ -112,19 +75,19 @@ def shrink(x: Tensor, a: Tensor, mask: BlockMask | None, upcast: bool) -> Tensor
     if mask is None and native:
         return narrow_product(x, a.t())
     work = a.dtype if native else acc
-    a_t = _in(a, work).t()
-    if _tiny(x):
-        block = _in(x, work)
+    a_t = in_dtype(a, work).t()
+    if tiny(x):
+        block = in_dtype(x, work)
         if mask is not None:
             block = mask.zero_dropped(block.contiguous(), mask.hashes(0, x.shape[0]))
-        s = _in(torch.mm(block, a_t), acc)
+        s = in_dtype(torch.mm(block, a_t), acc)
         return s if mask is None else s.mul_(mask.scale)
     s = x.new_empty(x.shape[0], a.shape[0], dtype=work)
     for i, j, block in _in_blocks(x, work, mask):
         if mask is None or work == acc:
             torch.mm(block, a_t, out=part(s, i, j))
         else:
-            part(s, i, j).copy_(_scaled_product(block, a_t, mask.scale))
+            part(s, i, j).copy_(scaled_product(block, a_t, mask.scale))
     return s if mask is None or work != acc else s.mul_(mask.scale)
 
 
@@ -141,101 +104,40 @@ def expand(
 ) -> Tensor:
     """y = x wᵀ + bias + scale · (s bᵀ + lora_bias), (M, N) in ``dtype``."""
     if not upcast:
-        x, w = _in(x, dtype), _in(w, dtype)
+        x, w = in_dtype(x, dtype), in_dtype(w, dtype)
         if lora_bias is None and scale_inside(scale):
             # The forms below with the scale inside the low-rank product: fewer operators, which small layers feel.
             if not _base_first(x, dtype):
                 if bias is None and s.dtype == b.dtype == dtype:
-                    return _scaled_product(s, b.t(), scale).addmm_(x, w.t())
+                    return scaled_product(s, b.t(), scale).addmm_(x, w.t())
             else:
-                y = F.linear(x, w, None if bias is None else _in(bias, dtype))
-                if b.dtype != dtype and _tiny(x) and y.numel() <= _TINY:
+                y = F.linear(x, w, None if bias is None else in_dtype(bias, dtype))
+                if b.dtype != dtype and tiny(x) and y.numel() <= blocks.TINY:
                     return y.add_(torch.mm(s, b.t()), alpha=scale)
-                return _add_product(y, _in(s, b.dtype if b.dtype == dtype else acc_dtype(dtype)), b.t(), scale)
-    t = _in(s, acc_dtype(dtype)) * scale
+                return add_product(y, in_dtype(s, b.dtype if b.dtype == dtype else acc_dtype(dtype)), b.t(), scale)
+    t = in_dtype(s, acc_dtype(dtype)) * scale
     if lora_bias is not None:
         t, b = with_rank(t, b, scale, lora_bias)
     if upcast:
         return _expand_upcast(x, w, bias, t, b, dtype)
     if _base_first(x, dtype):
         # Where b and lora_bias are zero, y is the frozen layer's output bit for bit.
-        return _add_product(F.linear(x, w, None if bias is None else bias.to(dtype)), t, b.t())
+        return add_product(F.linear(x, w, None if bias is None else bias.to(dtype)), t, b.t())
     if bias is not None:
         t, b = with_rank(t, b, 1.0, bias)
-    return _rank_product(t, b.t(), dtype).addmm_(x, w.t())
-
-
-def scale_inside(scale: float | Tensor) -> TypeGuard[float]:
-    """Whether a product may multiply by the scale itself. Not at NaN, nor where float32 makes it 0: BLAS then skips the
-    product, where Inf in it makes NaN."""
-    return not isinstance(scale, Tensor) and abs(scale) >= _LEAST_SCALE
-
-
-def _scaled_product(t: Tensor, f: Tensor, scale: float | Tensor) -> Tensor:
-    """scale · t f in the dtype of both; rounded once where the scale goes inside."""
-    return narrow_product(t, f, scale) if scale_inside(scale) else narrow_product(t, f).mul_(scale)
-
-
-def with_rank(t: Tensor, b: Tensor, factor: float | Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-    """t and b with one more rank, which adds factor · vector to every row of t bᵀ: no pass over y, no rounding of y."""
-    return torch.cat([t, torch.ones_like(t[:, :1]) * factor], dim=1), torch.cat([b, vector[:, None]], dim=1)
-
-
-def _rank_product(t: Tensor, f: Tensor, dtype: torch.dtype) -> Tensor:
-    """t f, (M, R) x (R, P), rounded once to ``dtype``; t is float32. float16 cannot hold t's range."""
-    if dtype != torch.bfloat16:
-        return torch.mm(t, f.to(t.dtype)).to(dtype)
-    return torch.mm(*_rank_factors(t, f, dtype))
-
-
-def _rank_factors(t: Tensor, f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Factors in ``dtype`` whose product is t f, (M, R) x (R, P).
-
-    bfloat16: t and a float32 f are split into high and low halves that stand side by side along R, so one bfloat16 GEMM
-    loses nothing of them and no float32 (M, P) tensor exists. On a CPU, where each rank of that GEMM counts, a t that
-    goes with a bfloat16 f is rounded, as the plain layer rounds s.
-    """
-    if dtype != torch.bfloat16:
-        return t, _in(f, dtype)
-    t_high = _in(t, dtype)
-    if f.dtype == dtype and (t.dtype == dtype or on_cpu(t)):
-        return t_high, f
-    turned = f.stride(0) == 1  # a transposed factor stays one: copying it row by row would take longer than the product
-    f = f.t() if turned else f
-    f_high = _in(f, dtype)
-    left, right = [t_high, (t - t_high).to(dtype)], [f_high, f_high]
-    if f.dtype != dtype:
-        left.append(t_high)
-        right.append((f - f_high).to(dtype))
-    factor = torch.cat(right, dim=1 if turned else 0)
-    return torch.cat(left, dim=1), factor.t() if turned else factor
-
-
-def _add_product(y: Tensor, t: Tensor, f: Tensor, alpha: float = 1.0) -> Tensor:
-    """y += alpha · t f, in place; y (M, P) contiguous, t (M, R), f (R, P)."""
-    wide = y.dtype == torch.bfloat16 and t.dtype == f.dtype == torch.float32 and on_cpu(y)
-    if not wide or (y.numel() > _CPU_BLOCK and len(f) <= _FEW_RANKS):
-        return add_product(y, *_rank_factors(t, f, y.dtype), alpha=alpha)
-    # y itself becomes float32, block by block: two casts in the caches cost less than splitting two factors into
-    # halves, and each rank a third of what three halves do.
-    memory: Tensor | None = None
-    for i, j in _row_blocks(y):
-        block = part(y, i, j)
-        memory = _memory(block, torch.float32) if memory is None else memory
-        block.copy_(add_product(part(memory, 0, j - i).copy_(block), part(t, i, j), f, alpha=alpha))
-    return y
+    return rank_product(t, b.t(), dtype).addmm_(x, w.t())
 
 
 def _expand_upcast(x: Tensor, w: Tensor, bias: Tensor | None, t: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     (rows, features), out = x.shape, w.shape[0]
     if rows * features <= _UPCAST_ROWS and out * features <= _UPCAST_WEIGHT:  # one block, its result y itself
-        block = torch.mm(_in(x, torch.float32), _in(w, torch.float32).t())
+        block = torch.mm(in_dtype(x, torch.float32), in_dtype(w, torch.float32).t())
         block = block if bias is None else block.add_(bias)
-        return add_product(block, t, _in(b, torch.float32).t()).to(dtype)
+        return add_product(block, t, in_dtype(b, torch.float32).t()).to(dtype)
     y = x.new_empty(rows, out, dtype=dtype)
-    for i, j in _blocks(rows, _UPCAST_ROWS // max(features, 1)):
+    for i, j in ranges(rows, _UPCAST_ROWS // max(features, 1)):
         x_block = x[i:j].float()
-        for n, o in _blocks(out, _UPCAST_WEIGHT // max(features, 1)):
+        for n, o in ranges(out, _UPCAST_WEIGHT // max(features, 1)):
             block = torch.mm(x_block, w[n:o].float().t())
             if bias is not None:
                 block += bias[n:o]
@@ -249,7 +151,7 @@ def _easy_columns(b: Tensor, dy: Tensor) -> Tensor:
     On a CPU a float32 product with at most 8 columns takes two to four times as long over contiguous rows as over
     contiguous columns (AMD EPYC, torch 2.13, 2026-11-25).
     """
-    return b.t().contiguous().t() if b.shape[1] <= 8 and on_cpu(dy) else b
+    return b.t().contiguous().t() if b.shape[1] <= 8 and blocks.on_cpu(dy) else b
 
 
 def grad_b(
@@ -267,15 +169,15 @@ def grad_b(
     acc = acc_dtype(dtype)
     ds = None
     native = _native(dy, dtype, upcast)
-    if _tiny(dy) and not isinstance(scale, Tensor):
+    if tiny(dy) and not isinstance(scale, Tensor):
         return _tiny_grad_b(dy, b, s, scale, dtype, native)
-    if native and (scale_inside(scale) if dtype != acc else not on_cpu(dy)):
-        ds = None if b is None else _scaled_product(dy, b, scale)
-        return ds, None if s is None else _scaled_product(dy.t(), _in(s, dtype), scale)
+    if native and (scale_inside(scale) if dtype != acc else not blocks.on_cpu(dy)):
+        ds = None if b is None else scaled_product(dy, b, scale)
+        return ds, None if s is None else scaled_product(dy.t(), in_dtype(s, dtype), scale)
     if native and dtype != acc:
         ds = None if b is None else torch.mm(dy, b).to(acc).mul_(scale)
-        return ds, None if s is None else torch.mm(dy.t(), _in(s * scale, dtype))
-    b = None if b is None else _in(_easy_columns(b, dy), acc)
+        return ds, None if s is None else torch.mm(dy.t(), in_dtype(s * scale, dtype))
+    b = None if b is None else in_dtype(_easy_columns(b, dy), acc)
     if native:
         ds = None if b is None else torch.mm(dy, b).mul_(scale)
         # Transposed: on a CPU dyᵀ s takes up to ten times as long as sᵀ dy (AMD EPYC, torch 2.13, 2026-11-25).
@@ -289,7 +191,7 @@ def grad_b(
         if s is not None and total is not None:
             total.add(part(s, i, j), block)
     ds = None if ds is None else ds.mul_(scale)
-    return ds, None if total is None else _in(total.turned().mul_(scale), dtype)
+    return ds, None if total is None else in_dtype(total.turned().mul_(scale), dtype)
 
 
 def _tiny_grad_b(
@@ -298,11 +200,11 @@ def _tiny_grad_b(
     """:func:`grad_b` in the fewest operators: no blocks, no layout."""
     acc = acc_dtype(dtype)
     work = dtype if native else acc
-    dy, ds, db = _in(dy, work), None, None
+    dy, ds, db = in_dtype(dy, work), None, None
     if b is not None:
-        ds = _in(torch.mm(dy, _in(b, work)), acc).mul_(scale)
+        ds = in_dtype(torch.mm(dy, in_dtype(b, work)), acc).mul_(scale)
     if s is not None:
-        db = _in(torch.mm(dy.t(), _in(s, work)).mul_(scale), dtype)
+        db = in_dtype(torch.mm(dy.t(), in_dtype(s, work)).mul_(scale), dtype)
     return ds, db
 
 
@@ -329,47 +231,68 @@ def grad_x(
         da = RowSum(a.shape[0], x, acc, a.dtype if native else acc)
     if upcast:
         dx = _grad_x_upcast(dy, w, t, a, mask, x_dtype, x, da)
-    elif _base_first(dy, dtype):
-        dx = torch.mm(dy, _in(w, dtype))
+    elif _base_first(dy, dtype) and not (mask is not None and dtype == torch.bfloat16 and _one_block(dy, w)):
+        dx = torch.mm(dy, in_dtype(w, dtype))
         _add_lowrank(dx, t, a, mask, 0, x, da)
     elif mask is None:
-        dx = _rank_product(t, a, dtype).addmm_(dy, w.to(dtype))
-    else:
-        dx = dy.new_zeros(dy.shape[0], w.shape[1])
-        _add_lowrank(dx, t, a.to(t.dtype), mask, 0, x, da)
-        dx.addmm_(dy, w.to(dtype))
-    return _in(dx, x_dtype), None if da is None else _in(da.total(), a.dtype)
+        dx = rank_product(t, a, dtype).addmm_(dy, w.to(dtype))
+    else:  # on a CPU a small bfloat16 dx too: masked in its own memory it needs neither another nor a pass that adds
+        dx = dy.new_empty(dy.shape[0], w.shape[1])
+        _add_lowrank(dx, t, a, mask, 0, x, da, keep=False)
+        dx.addmm_(dy, in_dtype(w, dtype))
+    return in_dtype(dx, x_dtype), None if da is None else in_dtype(da.total(), a.dtype)
+
+
+def _one_block(dy: Tensor, w: Tensor) -> bool:
+    return dy.shape[0] * w.shape[1] <= blocks.CPU_BLOCK
 
 
 def _kept_ds(ds: Tensor, mask: BlockMask | None) -> Tensor:
     """ds / (1 - p); on a CPU, where passes cost, a bfloat16 ds is rounded again."""
-    wide = ds if mask is None or on_cpu(ds) else _in(ds, acc_dtype(ds.dtype))
+    wide = ds if mask is None or blocks.on_cpu(ds) else in_dtype(ds, acc_dtype(ds.dtype))
     return wide if mask is None else wide * mask.scale
 
 
 def _add_lowrank(
-    dx: Tensor, t: Tensor, a: Tensor, mask: BlockMask | None, start: int, x: Tensor | None, da: RowSum | None
+    dx: Tensor,
+    t: Tensor,
+    a: Tensor,
+    mask: BlockMask | None,
+    start: int,
+    x: Tensor | None,
+    da: RowSum | None,
+    keep: bool = True,
 ) -> None:
-    """dx += drop'(t a) and, where da is given, da += tᵀ drop(x), in place; row 0 of dx is row ``start`` of the mask."""
-    if mask is None and _tiny(dx) and a.dtype == t.dtype:
+    """dx += drop'(t a) and, where da is given, da += tᵀ drop(x), in place; row 0 of dx is row ``start`` of the mask.
+
+    Without ``keep``, which needs a mask, what dx held is not read.
+    """
+    if mask is None and tiny(dx) and a.dtype == t.dtype:
         dx.add_(torch.mm(t, a)) if dx.dtype != t.dtype else dx.addmm_(t, a)
         return
     if mask is None:
-        _add_product(dx, t, a)
+        add_product(dx, t, a)
         return
-    left, right = (_in(t, a.dtype), a) if dx.dtype == a.dtype else (t, _in(a, t.dtype))
+    left, right = (in_dtype(t, a.dtype), a) if dx.dtype == a.dtype and blocks.on_cpu(dx) else (t, in_dtype(a, t.dtype))
+    in_place = not keep and left.dtype == dx.dtype
     memory: Tensor | None = None
-    for i, j in _row_blocks(dx):
+    spare: Tensor | None = None
+    for i, j in row_blocks(dx):
         block = part(dx, i, j)
         hashes = mask.hashes(start + i, j - i)
-        memory = _memory(block, left.dtype) if memory is None else memory
-        lowrank = add_product(part(memory, 0, j - i), part(left, i, j), right, keep=False)
-        lowrank = mask.zero_dropped(lowrank, hashes, out=lowrank)
-        block.add_(_in(lowrank, dx.dtype) if on_cpu(dx) else lowrank)  # a CPU is slow where the dtypes differ
+        if not in_place:
+            memory = memory_for(block, left.dtype) if memory is None else memory
+        lowrank = block if memory is None else part(memory, 0, j - i)
+        mask.zero_dropped(add_product(lowrank, part(left, i, j), right, keep=False), hashes, out=lowrank)
+        if keep:  # in one dtype: where they differ, a CPU is slow
+            block.add_(in_dtype(lowrank, dx.dtype) if blocks.on_cpu(dx) else lowrank)
+        elif not in_place:
+            block.copy_(lowrank)
         if x is not None and da is not None:
-            spare = lowrank if da.operands == left.dtype else _memory(block, da.operands)
-            dropped = _dropped(part(x, start + i, start + j), mask, hashes, spare)
-            da.add(_in(part(t, i, j), da.operands), dropped)
+            if spare is None:
+                spare = memory if memory is not None and memory.dtype == da.operands else memory_for(block, da.operands)
+            dropped = _dropped(part(x, start + i, start + j), mask, hashes, part(spare, 0, j - i))
+            da.add(in_dtype(part(t, i, j), da.operands), dropped)
 
 
 def _grad_x_upcast(
@@ -385,9 +308,9 @@ def _grad_x_upcast(
     (rows, out), features = dy.shape, w.shape[1]
     dx = dy.new_empty(rows, features, dtype=x_dtype)
     a = a.float()
-    for i, j in _blocks(rows, _UPCAST_ROWS // max(features, out, 1)):
+    for i, j in ranges(rows, _UPCAST_ROWS // max(features, out, 1)):
         block = torch.zeros(j - i, features, dtype=torch.float32, device=dy.device)
-        for n, o in _blocks(out, _UPCAST_WEIGHT // max(features, 1)):
+        for n, o in ranges(out, _UPCAST_WEIGHT // max(features, 1)):
             block.addmm_(dy[i:j, n:o].float(), part(w, n, o).float())
         _add_lowrank(block, part(t, i, j), a, mask, i, x, da)
         dx[i:j] = block
@@ -398,14 +321,14 @@ def grad_a(x: Tensor, ds: Tensor, mask: BlockMask | None, dtype: torch.dtype, up
     """da = dsᵀ drop(x), (R, K) in ``dtype``, that of the adapters."""
     acc = acc_dtype(ds.dtype)
     if mask is None and x.dtype == acc:
-        return _in(row_sum(_in(ds, acc), x).total(), dtype)
+        return in_dtype(row_sum(in_dtype(ds, acc), x).total(), dtype)
     if mask is None and _native(x, dtype, upcast):
-        return torch.mm(_in(ds, dtype).t(), x)
-    if mask is None and _tiny(x):
-        return _in(torch.mm(_in(ds, acc).t(), _in(x, acc)), dtype)
-    work = dtype if on_cpu(x) and _native(x, dtype, upcast) else acc
-    t = _in(_kept_ds(ds, mask), work)
+        return torch.mm(in_dtype(ds, dtype).t(), x)
+    if mask is None and tiny(x):
+        return in_dtype(torch.mm(in_dtype(ds, acc).t(), in_dtype(x, acc)), dtype)
+    work = dtype if blocks.on_cpu(x) and _native(x, dtype, upcast) else acc
+    t = in_dtype(_kept_ds(ds, mask), work)
     da = RowSum(ds.shape[1], x, acc, work)
     for i, j, block in _in_blocks(x, work, mask):
         da.add(part(t, i, j), block)
-    return _in(da.total(), dtype)
+    return in_dtype(da.total(), dtype)

@@ -22,6 +22,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from fused_lora import blocks as row_blocks
 from fused_lora import dropout, lora_linear, rank_products, reference, registered, vendor
 from fused_lora.dropout import keep_mask
 
@@ -217,7 +218,8 @@ def block_sizes(blocks: str):
     with contextlib.ExitStack() as stack:
         if "small" in blocks:
             smaller: dict[Any, dict[str, Any]] = {
-                vendor: {"_CPU_BLOCK": 64, "_UPCAST_ROWS": 1024, "_UPCAST_WEIGHT": 1024, "_TINY": 0},
+                row_blocks: {"CPU_BLOCK": 64, "TINY": 0},
+                vendor: {"_UPCAST_ROWS": 1024, "_UPCAST_WEIGHT": 1024},
                 dropout: {"_HASHED": 256},
                 rank_products: {"_LEAST": 0, "_MANY": 0, "_NARROWEST": 3, "_WIDTH": 5, "_WIDEST": 16},
             }
@@ -225,7 +227,7 @@ def block_sizes(blocks: str):
             for module, values in smaller.items():
                 stack.enter_context(mock.patch.multiple(module, **values))
         if blocks == "gpu":
-            stack.enter_context(mock.patch.object(vendor, "on_cpu", return_value=False))
+            stack.enter_context(mock.patch.object(row_blocks, "on_cpu", return_value=False))
         if "native" in blocks or blocks == "gpu":
             plan_for = registered.plan_for
 

@@ -12,7 +12,7 @@ from accuracy import STRATEGIES, Case, block_sizes, make_inputs, run
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from fused_lora import dropout, lora_linear, reference, vendor
+from fused_lora import blocks, dropout, lora_linear, reference
 from fused_lora.dropout import GOLDEN, GROUP, MIX1, MIX2, STEP, BlockMask, keep_mask, keep_scale
 
 WORD = 0xFFFFFFFF
@@ -178,7 +178,7 @@ def test_the_mask_has_no_seams_between_blocks():
     """In blocks of 16 rows, in which the torch strategy then walks over x."""
     M, K = 200, 64
     with block_sizes("small"):
-        assert len(list(vendor._row_blocks(torch.empty(M, K)))) > 2
+        assert len(list(blocks.row_blocks(torch.empty(M, K)))) > 2
         y, dx, da, row = identity_operator(M, K, 0.5, 3, "torch")
     expected = keep_mask(3, M, K, 0.5) * 2.0
     assert torch.equal(y, expected)
@@ -291,7 +291,9 @@ def maker(request, monkeypatch):
     """What makes a small mask: numpy, or torch, as where there is no numpy."""
     if request.param == "torch":
         monkeypatch.setattr(dropout, "_numpy", lambda: None)
-    return request.param
+        dropout._kept_words.cache_clear()  # what numpy made before
+    yield request.param
+    dropout._kept_words.cache_clear()
 
 
 @pytest.mark.parametrize("seed", [0, 123456789, -1, 2**63 - 1, -(2**63)])
@@ -358,6 +360,13 @@ def test_what_a_forward_leaves_for_its_backward_is_only_read(rows, cols, dtype):
             assert torch.equal(mask.zero_dropped(block, mask.hashes(0, len(block))) == 1, expected)
             mask.zero_dropped(block, mask.hashes(0, len(block)), out=block)
             assert torch.equal(block == 1, expected)
+
+
+def test_a_block_of_rows_has_whole_groups():
+    assert blocks.ROWS % GROUP == 0
+    for columns in (1, 1000, 4096, 1 << 20):
+        starts = [start for start, _ in blocks.row_blocks(torch.empty(3000, columns, device="meta"))]
+        assert all(start % GROUP == 0 for start in starts)
 
 
 def test_a_small_mask_is_kept_without_the_rest_of_its_group():

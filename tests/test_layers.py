@@ -16,7 +16,19 @@ PACKAGE, KERNELS = ROOT / "fused_lora", ROOT / "kernels"
 # packages: "task" stands for task_layer and its sisters, "ops" for all that is in it.
 ROOMS = (
     {"kernels"},
-    {"dropout", "plan", "tuned", "reference", "rank", "vendor", "derivatives", "registered", "checks", "pieces"},
+    {
+        "blocks",
+        "dropout",
+        "plan",
+        "tuned",
+        "reference",
+        "rank",
+        "vendor",
+        "derivatives",
+        "registered",
+        "checks",
+        "pieces",
+    },
     {"ops"},
     {"layer", "modules", "dora", "convolution", "parametrize", "config"},
     {"inject", "report"},
