@@ -170,8 +170,10 @@ def _host_words(seed: int, groups: int) -> Any:
     """
     numpy = _numpy()
     if groups <= _FEW_GROUPS:
-        words = [[_signed(word) for word in kind] for kind in _few_group_words(seed, groups)]
-        return words if numpy is None else numpy.array(words, numpy.int32)[:, :, None]
+        words = _few_group_words(seed, groups)
+        if numpy is None:
+            return [[_signed(word) for word in kind] for kind in words]
+        return numpy.array(words, numpy.uint32)[:, :, None].view(numpy.int32)
     key0, key1 = _seed_keys(seed)
     first = _mix(numpy.arange(groups, dtype=numpy.uint32) ^ key0)  # arrays of uint32 wrap around by themselves
     return numpy.stack((first, _mix(first + key1) | 1)).view(numpy.int32)[:, :, None]

@@ -231,20 +231,21 @@ def grad_x(
         da = RowSum(a.shape[0], x, acc, a.dtype if native else acc)
     if upcast:
         dx = _grad_x_upcast(dy, w, t, a, mask, x_dtype, x, da)
-    elif _base_first(dy, dtype) and not (mask is not None and dtype == torch.bfloat16 and _one_block(dy, w)):
+    elif _base_first(dy, dtype) and not (mask is not None and dtype == torch.bfloat16 and _small(dy, w)):
         dx = torch.mm(dy, in_dtype(w, dtype))
         _add_lowrank(dx, t, a, mask, 0, x, da)
     elif mask is None:
         dx = rank_product(t, a, dtype).addmm_(dy, w.to(dtype))
-    else:  # on a CPU a small bfloat16 dx too: masked in its own memory it needs neither another nor a pass that adds
+    else:  # of a CPU a bfloat16 dx of one block: masked in its own memory it needs neither another nor a pass that adds
         dx = dy.new_empty(dy.shape[0], w.shape[1])
         _add_lowrank(dx, t, a, mask, 0, x, da, keep=False)
         dx.addmm_(dy, in_dtype(w, dtype))
     return in_dtype(dx, x_dtype), None if da is None else in_dtype(da.total(), a.dtype)
 
 
-def _one_block(dy: Tensor, w: Tensor) -> bool:
-    return dy.shape[0] * w.shape[1] <= blocks.CPU_BLOCK
+def _small(dy: Tensor, w: Tensor) -> bool:
+    """Whether dx is one block of rows, but not tiny."""
+    return blocks.TINY < dy.shape[0] * w.shape[1] <= blocks.CPU_BLOCK
 
 
 def _kept_ds(ds: Tensor, mask: BlockMask | None) -> Tensor:
@@ -275,6 +276,14 @@ def _add_lowrank(
         return
     left, right = (in_dtype(t, a.dtype), a) if dx.dtype == a.dtype and blocks.on_cpu(dx) else (t, in_dtype(a, t.dtype))
     in_place = not keep and left.dtype == dx.dtype
+    if keep and tiny(dx):
+        hashes = mask.hashes(start, dx.shape[0])
+        lowrank = torch.mm(left, right)
+        dx.add_(mask.zero_dropped(lowrank, hashes, out=lowrank))
+        if x is not None and da is not None:
+            rows = in_dtype(part(x, start, start + dx.shape[0]), da.operands)
+            da.add(in_dtype(t, da.operands), mask.zero_dropped(rows.contiguous(), hashes))
+        return
     memory: Tensor | None = None
     spare: Tensor | None = None
     for i, j in row_blocks(dx):

@@ -209,11 +209,11 @@ def wide(t: torch.Tensor) -> np.ndarray:
 
 @contextlib.contextmanager
 def block_sizes(blocks: str):
-    """Run the ``torch`` strategy with "shipped", "small", "native", "small-native" or "gpu" blocks.
+    """Run the ``torch`` strategy with "shipped", "small", "native", "small-native", "tiny" or "gpu" blocks.
 
     gpu: the forms of a GPU. small: the seams of the blocked loops and of the batched products lie inside small tensors,
-    and none of those is tiny. native: the path of a device that multiplies bfloat16 and float16, whether or not this
-    CPU does.
+    and none of those is tiny. tiny: only the blocks of float32 copies are small, and each of them is tiny. native: the
+    path of a device that multiplies bfloat16 and float16, whether or not this CPU does.
     """
     with contextlib.ExitStack() as stack:
         if "small" in blocks:
@@ -226,6 +226,8 @@ def block_sizes(blocks: str):
             smaller[rank_products]["_column_parts"] = rank_products._column_parts.__wrapped__  # nothing remembered
             for module, values in smaller.items():
                 stack.enter_context(mock.patch.multiple(module, **values))
+        if blocks == "tiny":
+            stack.enter_context(mock.patch.multiple(vendor, _UPCAST_ROWS=1024, _UPCAST_WEIGHT=1024))
         if blocks == "gpu":
             stack.enter_context(mock.patch.object(row_blocks, "on_cpu", return_value=False))
         if "native" in blocks or blocks == "gpu":

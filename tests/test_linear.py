@@ -113,7 +113,7 @@ REGIME_CASES = (
     [
         Case((5, 7), N=45, K=61, R=5, regime=regime, p=p, biases="both", blocks=blocks)
         for regime, p, blocks in itertools.product(
-            REGIMES, (0.0, 0.1, 0.5), ("shipped", "small", "native", "small-native", "gpu")
+            REGIMES, (0.0, 0.1, 0.5), ("shipped", "small", "native", "small-native", "tiny", "gpu")
         )
         if "native" not in blocks or "float32" != regime != "float64"  # those two are native on every device
     ]
@@ -175,7 +175,7 @@ def _fuzzed_case(draw, strategy: str, sizes: tuple[int, ...], regimes: list[str]
         layout=draw(st.sampled_from(_LAYOUTS), label="layout"),
         biases=draw(st.sampled_from(_BIASES), label="biases"),
         scale=draw(st.sampled_from(["float", "tensor"]), label="scale"),
-        blocks=draw(st.sampled_from(["shipped", "small", "native", "small-native", "gpu"]), label="blocks"),
+        blocks=draw(st.sampled_from(["shipped", "small", "native", "small-native", "tiny", "gpu"]), label="blocks"),
         wanted=tuple(sorted(draw(st.sets(st.sampled_from(GRADIENTS)), label="wanted"))),
         strategy=strategy,
     )
