@@ -142,12 +142,12 @@ def grad_xa(
     x_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """dx = dy w + drop'(ds a) in ``x_dtype``; and da = dsᵀ drop(x) in the adapters' dtype where x is given."""
+    # Small products in a row, before the large one, take less on a CPU; under a mask the torch forms share its blocks.
+    da = None if x is None or mask is not None else grad_a(plan, x, ds, mask)
     if plan.grad_x == "torch":
-        # Under one mask the torch forms of both pieces share its blocks.
-        shared = x if plan.grad_a == "torch" else None
-        dx, da = vendor.grad_x(dy, w, ds, a, _blocks(mask), plan.facts.dtype, x_dtype, plan.upcast, shared)
-        if da is not None:
-            return dx, da
+        shared = x if plan.grad_a == "torch" and mask is not None else None
+        dx, together = vendor.grad_x(dy, w, ds, a, _blocks(mask), plan.facts.dtype, x_dtype, plan.upcast, shared)
+        da = da if together is None else together
     else:
         kernels, tile, dy, a = _kernels(), plan.tile("grad_x"), in_memory(dy), in_memory(a)
         if plan.grad_x == "beta1":
@@ -157,7 +157,7 @@ def grad_xa(
                 dy, w = _addressable(dy), _addressable_weight(w)
             dx = kernels.grad_x(dy, w, ds, a, _drop(mask), tile, allow_tf32=_allow_tf32())
         dx = dx.to(x_dtype)
-    return dx, None if x is None else grad_a(plan, x, ds, mask)
+    return dx, grad_a(plan, x, ds, mask) if da is None and x is not None else da
 
 
 def grad_a(plan: Plan, x: Tensor, ds: Tensor, mask: Mask | None) -> Tensor:
