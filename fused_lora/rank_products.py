@@ -27,7 +27,8 @@ _NARROWEST, _WIDTH, _WIDEST = 64, 128, 160
 # is: with fewer, turning it costs what that saves.
 _NARROW = 32
 _MANY = 1 << 20
-# Ranks up to which a bfloat16 result of more than one block takes float32 factors as bfloat16 halves.
+# Ranks up to which a bfloat16 result of more than ``blocks.CPU_BLOCK`` elements takes float32 factors as bfloat16
+# halves.
 _FEW_RANKS = 32
 _LEAST_SCALE = torch.finfo(torch.float32).tiny
 # Elements of x, or of t f, below which one product is as fast.
@@ -47,7 +48,7 @@ def _column_parts(columns: int) -> int:
 
 
 def _batches(t: Tensor, dtype: torch.dtype) -> bool:
-    return t.is_cpu and dtype == torch.float32 and t.numel() >= _LEAST and _mkl()
+    return blocks.on_cpu(t) and dtype == torch.float32 and t.numel() >= _LEAST and _mkl()
 
 
 def _rows_of_a_part(rows: int, rank: int) -> int:
@@ -77,7 +78,7 @@ def _add_at_once(y: Tensor, t: Tensor, f: Tensor, alpha: float, keep: bool) -> T
 
 def narrow_product(x: Tensor, f: Tensor, alpha: float = 1.0) -> Tensor:
     """alpha · x f, (M, R), contiguous, in the dtype of both; f is (K, R)."""
-    turned = f.shape[1] <= _NARROW and x.is_cpu and x.dtype == torch.bfloat16 and x.numel() >= _MANY
+    turned = f.shape[1] <= _NARROW and blocks.on_cpu(x) and x.dtype == torch.bfloat16 and x.numel() >= _MANY
     if turned:
         x, f = f.t(), x.t()
     # beta = 0: the first is not read.
@@ -136,7 +137,7 @@ def add_product(y: Tensor, t: Tensor, f: Tensor, alpha: float = 1.0, keep: bool 
 
     float32 factors of a bfloat16 y lose nothing.
     """
-    widened = y.dtype == torch.bfloat16 and t.dtype == f.dtype == torch.float32 and blocks.on_cpu(y)
+    widened = keep and y.dtype == torch.bfloat16 and t.dtype == f.dtype == torch.float32 and blocks.on_cpu(y)
     if not widened or (y.numel() > blocks.CPU_BLOCK and len(f) <= _FEW_RANKS):
         return _add_at_once(y, *_rank_factors(t, f, y.dtype), alpha, keep)
     # y itself becomes float32, block by block: two casts in the caches cost less than splitting two factors into
@@ -145,9 +146,7 @@ def add_product(y: Tensor, t: Tensor, f: Tensor, alpha: float = 1.0, keep: bool 
     for i, j in row_blocks(y):
         block = part(y, i, j)
         memory = memory_for(block, torch.float32) if memory is None else memory
-        wide = part(memory, 0, j - i)
-        wide = wide.copy_(block) if keep else wide
-        block.copy_(_add_at_once(wide, part(t, i, j), f, alpha, keep))
+        block.copy_(_add_at_once(part(memory, 0, j - i).copy_(block), part(t, i, j), f, alpha, keep))
     return y
 
 

@@ -4,7 +4,8 @@ Raw tensors in, raw tensors out, like ``kernels/linear.py``, whose launchers the
 
 M rows, K in_features, N out_features, R rank.
 x (M, K)   w (N, K)   bias (N,)   a (R, K)   b (N, R)   lora_bias (N,)   y, dy (M, N)
-s = drop(x) aᵀ (M, R)   ds = scale · dy b (M, R)         both in the accumulation dtype: float32, or float64
+s = drop(x) aᵀ (M, R)   ds = scale · dy b (M, R)
+both in the accumulation dtype, float32 or float64, or in bfloat16 where a bfloat16 GEMM made them
 
 Three forms of the big product. On a GPU the vendor's GEMM accumulates onto the low-rank product (beta = 1). On a CPU
 that multiplies the dtype the frozen product comes first and a rank-wide update is added to it, which costs less there
@@ -236,7 +237,7 @@ def grad_x(
         _add_lowrank(dx, t, a, mask, 0, x, da)
     elif mask is None:
         dx = rank_product(t, a, dtype).addmm_(dy, w.to(dtype))
-    else:  # of a CPU a bfloat16 dx of one block: masked in its own memory it needs neither another nor a pass that adds
+    else:  # on a CPU a small bfloat16 dx: masked in its own memory it needs neither another nor a pass that adds
         dx = dy.new_empty(dy.shape[0], w.shape[1])
         _add_lowrank(dx, t, a, mask, 0, x, da, keep=False)
         dx.addmm_(dy, in_dtype(w, dtype))
@@ -244,7 +245,7 @@ def grad_x(
 
 
 def _small(dy: Tensor, w: Tensor) -> bool:
-    """Whether dx is one block of rows, but not tiny."""
+    """Whether dx has no more elements than a block, but is not tiny."""
     return blocks.TINY < dy.shape[0] * w.shape[1] <= blocks.CPU_BLOCK
 
 
