@@ -137,7 +137,7 @@ def test_accuracy_of_every_regime_and_dropout(case):
 LARGE = [
     Case((1000,), N=257, K=1009, R=17, regime="float32", p=0.1, biases="both"),
     Case((4, 250), N=509, K=512, R=130, regime="bfloat16+float32", p=0.5, biases="both"),
-    # Long bfloat16 products made R high, a dx masked in its own memory; float32 factors as halves, a result made float32.
+    # bfloat16 products made R high, a dx masked in its own memory; float32 factors as halves, a result made float32.
     Case((1030,), N=1021, K=1024, R=8, regime="bfloat16", p=0.1),
     Case((250,), N=509, K=512, R=8, regime="bfloat16", p=0.1),
     Case((1030,), N=1021, K=1024, R=16, regime="bfloat16+float32"),
