@@ -4,10 +4,10 @@ M rows, R rank, P and K columns: t (M, R), f (R, P), x (M, K).
 
 float32: MKL multiplies matrices that are R wide slowly when they are given to it whole: it cuts them for its threads
 and its caches where they are narrow. Cut into a batch by us, tᵀ x takes 55 to 80 % of the time, t f with few ranks 45
-to 80 % (AMD EPYC, 2 threads, torch 2.13, 2026-11-25). bfloat16: oneDNN makes a result that is R high in 45 to
-70 % of the time of one R wide at ranks 8 and 16, in the same time at 48 (another AMD EPYC, 2 threads, torch 2.13,
-2026-11-29). More in docs/tuning-notes.md. Each element is summed in float32 over the same terms either way. Elsewhere these are the plain
-products.
+to 80 % (AMD EPYC, 2 threads, torch 2.13, 2026-11-25). bfloat16: oneDNN makes a result that is R high in 45 to 70 % of
+the time of one R wide at ranks 8 and 16, in the same time at 48 (another AMD EPYC, 2 threads, torch 2.13, 2026-11-29).
+More in docs/tuning-notes.md. Each element is summed in float32 over the same terms either way. Elsewhere these are the
+plain products.
 """
 
 from __future__ import annotations

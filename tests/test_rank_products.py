@@ -6,7 +6,7 @@ The factors are small whole numbers, so that float32 adds them up exactly in any
 import pytest
 import torch
 
-from fused_lora import rank_products
+from fused_lora import blocks, rank_products
 from fused_lora.rank_products import RowSum, add_product, narrow_product, row_sum
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="without MKL nothing is cut")
@@ -80,6 +80,26 @@ def test_narrow_product(rank, alpha, layout):
     found = narrow_product(laid_out(x, layout), laid_out(f, layout), alpha)
     assert torch.equal(found.double(), alpha * (x.double() @ f.double()))
     assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_bfloat16_halves_hold_sixteen_bits_of_a_factor(dtype, turned, monkeypatch):
+    """A missing half would stay below the accuracy rule: it costs y no more than another rounding. As on a GPU, where a
+    float32 t beside a bfloat16 f is split too."""
+    monkeypatch.setattr(blocks, "on_cpu", lambda t: False)
+    t, f = 0.5 + torch.rand(40, 3), (0.5 + torch.rand(3, 50)).to(dtype)
+    left, right = rank_products._rank_factors(t, laid_out(f, "transposed") if turned else f, BF16)
+    assert left.dtype == right.dtype == BF16
+    torch.testing.assert_close(left.double() @ right.double(), t.double() @ f.double(), rtol=2.0**-14, atol=0.0)
+
+
+@pytest.mark.parametrize(("rows", "rank"), [(40, 3), (600, 33)])
+def test_float32_factors_of_a_bfloat16_result_are_rounded_with_it(rows, rank):
+    t, f, y = torch.randn(rows, rank), torch.randn(rank, 1024), torch.randn(rows, 1024).to(BF16)
+    expected = torch.addmm(y.double(), t.double(), f.double(), alpha=2.0)
+    error = (add_product(y.clone(), t, f, alpha=2.0).double() - expected).abs()
+    assert (error <= 2.0**-8 * expected.abs() + 1e-4).all()  # one rounding, and float32's errors where terms cancel
 
 
 def test_which_products_are_cut():
