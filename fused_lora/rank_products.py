@@ -17,6 +17,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import blocks
 from .blocks import in_dtype, memory_for, part, row_blocks
@@ -76,14 +77,29 @@ def _add_at_once(y: Tensor, t: Tensor, f: Tensor, alpha: float, keep: bool) -> T
     return y
 
 
-def narrow_product(x: Tensor, f: Tensor, alpha: float = 1.0) -> Tensor:
-    """alpha · x f, (M, R), contiguous, in the dtype of both; f is (K, R)."""
-    turned = f.shape[1] <= _NARROW and blocks.on_cpu(x) and x.dtype == torch.bfloat16 and x.numel() >= _MANY
-    if turned:
-        x, f = f.t(), x.t()
-    # beta = 0: the first is not read.
-    product = torch.mm(x, f) if alpha == 1.0 else torch.addmm(x.new_empty(1), x, f, beta=0, alpha=alpha)
-    return product.t().contiguous() if turned else product
+@functools.lru_cache(maxsize=4)
+def _one_element(dtype: torch.dtype) -> Tensor:
+    with _disable_current_modes(), torch.inference_mode(False):  # it is kept, and serves other calls than this
+        return torch.zeros(1, dtype=dtype, device="cpu")
+
+
+def _unread(t: Tensor) -> Tensor:
+    """What a product with beta = 0 takes for the sum it adds to, and does not read."""
+    return _one_element(t.dtype) if blocks.on_cpu(t) else t.new_empty(1)
+
+
+def narrow_product(x: Tensor, f: Tensor, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """alpha · x f, (M, R), contiguous, in the dtype of both; f is (K, R). ``out``: where to."""
+    if f.shape[1] <= _NARROW and blocks.on_cpu(x) and x.dtype == torch.bfloat16 and x.numel() >= _MANY:
+        turned = _product(f.t(), x.t(), alpha).t()
+        return turned.contiguous() if out is None else out.copy_(turned)
+    return _product(x, f, alpha, out)
+
+
+def _product(x: Tensor, f: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
+    if alpha == 1.0:
+        return torch.mm(x, f, out=out)
+    return torch.addmm(_unread(x), x, f, beta=0, alpha=alpha, out=out)
 
 
 def scale_inside(scale: float | Tensor) -> TypeGuard[float]:
@@ -92,9 +108,14 @@ def scale_inside(scale: float | Tensor) -> TypeGuard[float]:
     return not isinstance(scale, Tensor) and abs(scale) >= _LEAST_SCALE
 
 
-def scaled_product(t: Tensor, f: Tensor, scale: float | Tensor) -> Tensor:
-    """scale · t f in the dtype of both; rounded once where the scale goes inside."""
-    return narrow_product(t, f, scale) if scale_inside(scale) else narrow_product(t, f).mul_(scale)
+def scaled_product(t: Tensor, f: Tensor, scale: float | Tensor, out: Tensor | None = None) -> Tensor:
+    """scale · t f in the dtype of both; rounded once where the scale goes inside. ``out``: where to.
+
+    Inside it costs nothing, while an operator that multiplies by a number takes as long as three small products.
+    """
+    if scale_inside(scale):
+        return narrow_product(t, f, scale, out)
+    return narrow_product(t, f, out=out).mul_(scale)
 
 
 def with_rank(t: Tensor, b: Tensor, factor: float | Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,46 +172,58 @@ def add_product(y: Tensor, t: Tensor, f: Tensor, alpha: float = 1.0, keep: bool 
 
 
 class RowSum:
-    """tᵀ x, (R, K), summed over blocks of rows of t (M, R) and x (M, K) in their accumulation dtype ``acc``.
+    """scale · tᵀ x, (R, K), summed over blocks of rows of t (M, R) and x (M, K) in their accumulation dtype ``acc``.
 
     ``operands`` is the dtype that the products read, ``acc`` or a lower one.
     """
 
-    def __init__(self, rank: int, x: Tensor, acc: torch.dtype, operands: torch.dtype):
+    def __init__(
+        self, rank: int, x: Tensor, acc: torch.dtype, operands: torch.dtype, scale: float | Tensor = 1.0
+    ):
         self.operands = operands
+        self._alpha, self._factor = (scale, None) if scale_inside(scale) else (1.0, scale)
         self._shape, self._acc, self._device = (rank, x.shape[1]), acc, x.device
         self._parts = _column_parts(x.shape[1]) if _batches(x, operands) else 1
         self._sum: Tensor | None = None  # (parts, R, K / parts), or (R, K)
 
     def add(self, t: Tensor, x: Tensor) -> None:
-        """Adds tᵀ x of some rows; both in ``operands``."""
-        left, total = t.t(), self._sum
+        """Adds scale · tᵀ x of some rows; both in ``operands``."""
+        left, total, alpha = t.t(), self._sum, self._alpha
         if self._parts > 1:
             left = left.expand(self._parts, -1, -1)
             x = x.unflatten(1, (self._parts, -1)).transpose(0, 1)
-            self._sum = torch.bmm(left, x) if total is None else total.baddbmm_(left, x)
+            if total is None:
+                self._sum = torch.baddbmm(_unread(x), left, x, beta=0, alpha=alpha)
+            else:
+                total.baddbmm_(left, x, alpha=alpha)
         elif total is None:
-            self._sum = torch.mm(left, x)  # in ``operands`` while it is the only one: to cast it tells no more
+            self._sum = _product(left, x, alpha)  # in ``operands`` while it is the only one: to cast it tells no more
         elif self._acc == self.operands:
-            total.addmm_(left, x)
+            total.addmm_(left, x, alpha=alpha)
         else:
-            self._sum = total.to(self._acc).add_(torch.mm(left, x))
+            self._sum = total.to(self._acc).add_(_product(left, x, alpha))
 
     def total(self) -> Tensor:
         """The sum, (R, K), contiguous, as its one product rounded it if there was but one; 0 where no row was added."""
-        if self._sum is None:
-            return torch.zeros(self._shape, dtype=self._acc, device=self._device)
-        return self._sum if self._sum.dim() == 2 else self._sum.transpose(0, 1).flatten(1)
+        return self._scaled(self._whole())
 
     def turned(self) -> Tensor:
         """The sum as xᵀ t, (K, R), contiguous."""
         if self._sum is None or self._sum.dim() == 2:
-            return self.total().t().contiguous()
-        return self._sum.transpose(1, 2).flatten(0, 1)
+            return self._scaled(self._whole().t().contiguous())
+        return self._scaled(self._sum.transpose(1, 2).flatten(0, 1))
+
+    def _whole(self) -> Tensor:
+        if self._sum is None:
+            return torch.zeros(self._shape, dtype=self._acc, device=self._device)
+        return self._sum if self._sum.dim() == 2 else self._sum.transpose(0, 1).flatten(1)
+
+    def _scaled(self, total: Tensor) -> Tensor:
+        return total if self._factor is None else total * self._factor
 
 
-def row_sum(t: Tensor, x: Tensor) -> RowSum:
-    """tᵀ x in one go, both in their accumulation dtype."""
-    whole = RowSum(t.shape[1], x, x.dtype, x.dtype)
+def row_sum(t: Tensor, x: Tensor, scale: float | Tensor = 1.0) -> RowSum:
+    """scale · tᵀ x in one go, both in their accumulation dtype."""
+    whole = RowSum(t.shape[1], x, x.dtype, x.dtype, scale)
     whole.add(t, x)
     return whole

@@ -77,19 +77,16 @@ def shrink(x: Tensor, a: Tensor, mask: BlockMask | None, upcast: bool) -> Tensor
         return narrow_product(x, a.t())
     work = a.dtype if native else acc
     a_t = in_dtype(a, work).t()
+    scale = 1.0 if mask is None else mask.scale
     if tiny(x):
         block = in_dtype(x, work)
         if mask is not None:
             block = mask.zero_dropped(block.contiguous(), mask.hashes(0, x.shape[0]))
-        s = in_dtype(torch.mm(block, a_t), acc)
-        return s if mask is None else s.mul_(mask.scale)
+        return in_dtype(scaled_product(block, a_t, scale), acc)
     s = x.new_empty(x.shape[0], a.shape[0], dtype=work)
     for i, j, block in _in_blocks(x, work, mask):
-        if mask is None or work == acc:
-            torch.mm(block, a_t, out=part(s, i, j))
-        else:
-            part(s, i, j).copy_(scaled_product(block, a_t, mask.scale))
-    return s if mask is None or work != acc else s.mul_(mask.scale)
+        scaled_product(block, a_t, scale, out=part(s, i, j))
+    return s
 
 
 def expand(
@@ -180,19 +177,18 @@ def grad_b(
         return ds, None if s is None else torch.mm(dy.t(), in_dtype(s * scale, dtype))
     b = None if b is None else in_dtype(_easy_columns(b, dy), acc)
     if native:
-        ds = None if b is None else torch.mm(dy, b).mul_(scale)
+        ds = None if b is None else scaled_product(dy, b, scale)
         # Transposed: on a CPU dyᵀ s takes up to ten times as long as sᵀ dy (AMD EPYC, torch 2.13, 2026-11-25).
-        return ds, None if s is None else row_sum(s, dy).turned().mul_(scale)
+        return ds, None if s is None else row_sum(s, dy, scale).turned()
     if b is not None:
         ds = dy.new_empty(dy.shape[0], b.shape[1], dtype=acc)
-    total = None if s is None else RowSum(s.shape[1], dy, acc, acc)
+    total = None if s is None else RowSum(s.shape[1], dy, acc, acc, scale)
     for i, j, block in _in_blocks(dy, acc):
         if b is not None and ds is not None:
-            torch.mm(block, b, out=part(ds, i, j))
+            scaled_product(block, b, scale, out=part(ds, i, j))
         if s is not None and total is not None:
             total.add(part(s, i, j), block)
-    ds = None if ds is None else ds.mul_(scale)
-    return ds, None if total is None else in_dtype(total.turned().mul_(scale), dtype)
+    return ds, None if total is None else in_dtype(total.turned(), dtype)
 
 
 def _tiny_grad_b(
@@ -203,9 +199,9 @@ def _tiny_grad_b(
     work = dtype if native else acc
     dy, ds, db = in_dtype(dy, work), None, None
     if b is not None:
-        ds = in_dtype(torch.mm(dy, in_dtype(b, work)), acc).mul_(scale)
+        ds = in_dtype(scaled_product(dy, in_dtype(b, work), scale), acc)
     if s is not None:
-        db = in_dtype(torch.mm(dy.t(), in_dtype(s, work)).mul_(scale), dtype)
+        db = in_dtype(scaled_product(dy.t(), in_dtype(s, work), scale), dtype)
     return ds, db
 
 
@@ -224,22 +220,21 @@ def grad_x(
 
     With ``x``, and a mask, also da = dsᵀ drop(x) in the dtype of a: both need the same blocks of the mask.
     """
-    t = _kept_ds(ds, mask)
     da = None
     if x is not None and mask is not None:
         acc = acc_dtype(ds.dtype)
         native = _native(x, a.dtype, upcast) and _base_first(dy, dtype)
-        da = RowSum(a.shape[0], x, acc, a.dtype if native else acc)
+        da = RowSum(a.shape[0], x, acc, a.dtype if native else acc, mask.scale)
     if upcast:
-        dx = _grad_x_upcast(dy, w, t, a, mask, x_dtype, x, da)
+        dx = _grad_x_upcast(dy, w, ds, a, mask, x_dtype, x, da)
     elif _base_first(dy, dtype) and not (mask is not None and dtype == torch.bfloat16 and _small(dy, w)):
         dx = torch.mm(dy, in_dtype(w, dtype))
-        _add_lowrank(dx, t, a, mask, 0, x, da)
+        _add_lowrank(dx, ds, a, mask, 0, x, da)
     elif mask is None:
-        dx = rank_product(t, a, dtype).addmm_(dy, w.to(dtype))
+        dx = rank_product(ds, a, dtype).addmm_(dy, w.to(dtype))
     else:  # on a CPU a small bfloat16 dx: masked in its own memory it needs neither another nor a pass that adds
         dx = dy.new_empty(dy.shape[0], w.shape[1])
-        _add_lowrank(dx, t, a, mask, 0, x, da, keep=False)
+        _add_lowrank(dx, ds, a, mask, 0, x, da, keep=False)
         dx.addmm_(dy, in_dtype(w, dtype))
     return in_dtype(dx, x_dtype), None if da is None else in_dtype(da.total(), a.dtype)
 
@@ -249,15 +244,9 @@ def _small(dy: Tensor, w: Tensor) -> bool:
     return blocks.TINY < dy.shape[0] * w.shape[1] <= blocks.CPU_BLOCK
 
 
-def _kept_ds(ds: Tensor, mask: BlockMask | None) -> Tensor:
-    """ds / (1 - p); on a CPU, where passes cost, a bfloat16 ds is rounded again."""
-    wide = ds if mask is None or blocks.on_cpu(ds) else in_dtype(ds, acc_dtype(ds.dtype))
-    return wide if mask is None else wide * mask.scale
-
-
 def _add_lowrank(
     dx: Tensor,
-    t: Tensor,
+    ds: Tensor,
     a: Tensor,
     mask: BlockMask | None,
     start: int,
@@ -265,25 +254,29 @@ def _add_lowrank(
     da: RowSum | None,
     keep: bool = True,
 ) -> None:
-    """dx += drop'(t a) and, where da is given, da += tᵀ drop(x), in place; row 0 of dx is row ``start`` of the mask.
+    """dx += drop'(ds a) and, where da is given, da += dsᵀ drop(x), in place; row 0 of dx is row ``start`` of the mask.
 
     Without ``keep``, which needs a mask, what dx held is not read.
     """
-    if mask is None and tiny(dx) and a.dtype == t.dtype:
-        dx.add_(torch.mm(t, a)) if dx.dtype != t.dtype else dx.addmm_(t, a)
+    if mask is None and tiny(dx) and a.dtype == ds.dtype:
+        dx.add_(torch.mm(ds, a)) if dx.dtype != ds.dtype else dx.addmm_(ds, a)
         return
     if mask is None:
-        add_product(dx, t, a)
+        add_product(dx, ds, a)
         return
-    left, right = (in_dtype(t, a.dtype), a) if dx.dtype == a.dtype and blocks.on_cpu(dx) else (t, in_dtype(a, t.dtype))
+    if blocks.on_cpu(dx):
+        work = a.dtype if dx.dtype == a.dtype else ds.dtype
+    else:
+        work = acc_dtype(ds.dtype)
+    left, right = in_dtype(ds, work), in_dtype(a, work)
     in_place = not keep and left.dtype == dx.dtype
     if keep and tiny(dx):
         hashes = mask.hashes(start, dx.shape[0])
-        lowrank = torch.mm(left, right)
+        lowrank = scaled_product(left, right, mask.scale)
         dx.add_(mask.zero_dropped(lowrank, hashes, out=lowrank))
         if x is not None and da is not None:
             rows = in_dtype(part(x, start, start + dx.shape[0]), da.operands)
-            da.add(in_dtype(t, da.operands), mask.zero_dropped(rows.contiguous(), hashes))
+            da.add(in_dtype(ds, da.operands), mask.zero_dropped(rows.contiguous(), hashes))
         return
     memory: Tensor | None = None
     spare: Tensor | None = None
@@ -293,7 +286,8 @@ def _add_lowrank(
         if not in_place:
             memory = memory_for(block, left.dtype) if memory is None else memory
         lowrank = block if memory is None else part(memory, 0, j - i)
-        mask.zero_dropped(add_product(lowrank, part(left, i, j), right, keep=False), hashes, out=lowrank)
+        add_product(lowrank, part(left, i, j), right, mask.scale, keep=False)
+        mask.zero_dropped(lowrank, hashes, out=lowrank)
         if keep:  # in one dtype: where they differ, a CPU is slow
             block.add_(in_dtype(lowrank, dx.dtype) if blocks.on_cpu(dx) else lowrank)
         elif not in_place:
@@ -302,13 +296,13 @@ def _add_lowrank(
             if spare is None:
                 spare = memory if memory is not None and memory.dtype == da.operands else memory_for(block, da.operands)
             dropped = _dropped(part(x, start + i, start + j), mask, hashes, part(spare, 0, j - i))
-            da.add(in_dtype(part(t, i, j), da.operands), dropped)
+            da.add(in_dtype(part(ds, i, j), da.operands), dropped)
 
 
 def _grad_x_upcast(
     dy: Tensor,
     w: Tensor,
-    t: Tensor,
+    ds: Tensor,
     a: Tensor,
     mask: BlockMask | None,
     x_dtype: torch.dtype,
@@ -322,7 +316,7 @@ def _grad_x_upcast(
         block = torch.zeros(j - i, features, dtype=torch.float32, device=dy.device)
         for n, o in ranges(out, _UPCAST_WEIGHT // max(features, 1)):
             block.addmm_(dy[i:j, n:o].float(), part(w, n, o).float())
-        _add_lowrank(block, part(t, i, j), a, mask, i, x, da)
+        _add_lowrank(block, part(ds, i, j), a, mask, i, x, da)
         dx[i:j] = block
     return dx
 
@@ -337,8 +331,8 @@ def grad_a(x: Tensor, ds: Tensor, mask: BlockMask | None, dtype: torch.dtype, up
     if mask is None and tiny(x):
         return in_dtype(torch.mm(in_dtype(ds, acc).t(), in_dtype(x, acc)), dtype)
     work = dtype if blocks.on_cpu(x) and _native(x, dtype, upcast) else acc
-    t = in_dtype(_kept_ds(ds, mask), work)
-    da = RowSum(ds.shape[1], x, acc, work)
+    ds = in_dtype(ds, work)
+    da = RowSum(ds.shape[1], x, acc, work, 1.0 if mask is None else mask.scale)
     for i, j, block in _in_blocks(x, work, mask):
-        da.add(part(t, i, j), block)
+        da.add(part(ds, i, j), block)
     return in_dtype(da.total(), dtype)
