@@ -60,4 +60,4 @@ def row_blocks(t: Tensor) -> Iterator[tuple[int, int]]:
 
 def memory_for(block: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for one block after another: fresh memory costs a CPU more than the operator that fills it."""
-    return torch.empty(block.shape, dtype=dtype, device=block.device)
+    return block.new_empty(block.shape, dtype=dtype)

@@ -118,7 +118,7 @@ def add_lowrank(
             lowrank = torch.mm(part[i : i + step], a)
             if mask is not None:
                 hashes = mask.blocks.hashes(i, len(block))
-                lowrank = mask.blocks.zero_dropped(lowrank, hashes, out=lowrank).mul_(mask.blocks.scale)
+                lowrank = mask.blocks.zero_dropped(lowrank, hashes).mul_(mask.blocks.scale)
             total = total + lowrank
         block.copy_(total)
 

@@ -177,11 +177,12 @@ class RowSum:
     ``operands`` is the dtype that the products read, ``acc`` or a lower one.
     """
 
-    def __init__(
-        self, rank: int, x: Tensor, acc: torch.dtype, operands: torch.dtype, scale: float | Tensor = 1.0
-    ):
+    def __init__(self, rank: int, x: Tensor, acc: torch.dtype, operands: torch.dtype, scale: float | Tensor = 1.0):
         self.operands = operands
-        self._alpha, self._factor = (scale, None) if scale_inside(scale) else (1.0, scale)
+        self._alpha: float = 1.0
+        self._factor: float | Tensor | None = scale
+        if scale_inside(scale):
+            self._alpha, self._factor = scale, None
         self._shape, self._acc, self._device = (rank, x.shape[1]), acc, x.device
         self._parts = _column_parts(x.shape[1]) if _batches(x, operands) else 1
         self._sum: Tensor | None = None  # (parts, R, K / parts), or (R, K)
@@ -191,7 +192,7 @@ class RowSum:
         left, total, alpha = t.t(), self._sum, self._alpha
         if self._parts > 1:
             left = left.expand(self._parts, -1, -1)
-            x = x.unflatten(1, (self._parts, -1)).transpose(0, 1)
+            x = x.view(x.shape[0], self._parts, -1).transpose(0, 1)
             if total is None:
                 self._sum = torch.baddbmm(_unread(x), left, x, beta=0, alpha=alpha)
             else:

@@ -50,11 +50,15 @@ def _base_first(t: Tensor, dtype: torch.dtype) -> bool:
     return dtype == acc_dtype(dtype) or (dtype == torch.bfloat16 and blocks.on_cpu(t))
 
 
-def _dropped(block: Tensor, mask: BlockMask, hashes: Tensor, out: Tensor) -> Tensor:
-    """The block in ``out``, its dropped elements zero; the rank-wide side carries 1/(1-p)."""
-    if block.dtype != out.dtype or not block.is_contiguous():
-        block = out.copy_(block)
-    return mask.zero_dropped(block, hashes, out=out)
+def _dropped(
+    block: Tensor, mask: BlockMask, hashes: Tensor, dtype: torch.dtype, memory: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The block in ``dtype``, its dropped elements zero (the rank-wide side carries 1/(1-p)), and ``memory``, made
+    where the block has to be cast or laid out anew. The hashes are gone then."""
+    if block.dtype == dtype and block.is_contiguous():
+        return mask.dropped(block, hashes), memory
+    memory = memory_for(block, dtype) if memory is None else memory
+    return mask.zero_dropped(part(memory, 0, block.shape[0]).copy_(block), hashes), memory
 
 
 def _in_blocks(x: Tensor, dtype: torch.dtype, mask: BlockMask | None = None) -> Iterator[tuple[int, int, Tensor]]:
@@ -62,10 +66,11 @@ def _in_blocks(x: Tensor, dtype: torch.dtype, mask: BlockMask | None = None) -> 
     memory: Tensor | None = None
     for i, j in row_blocks(x):
         block = part(x, i, j)
-        if mask is not None or block.dtype != dtype:
+        if mask is not None:
+            block, memory = _dropped(block, mask, mask.hashes(i, j - i), dtype, memory)
+        elif block.dtype != dtype:
             memory = memory_for(block, dtype) if memory is None else memory  # the first is the largest
-            out = part(memory, 0, j - i)
-            block = out.copy_(block) if mask is None else _dropped(block, mask, mask.hashes(i, j - i), out)
+            block = part(memory, 0, j - i).copy_(block)
         yield i, j, block
 
 
@@ -81,7 +86,7 @@ def shrink(x: Tensor, a: Tensor, mask: BlockMask | None, upcast: bool) -> Tensor
     if tiny(x):
         block = in_dtype(x, work)
         if mask is not None:
-            block = mask.zero_dropped(block.contiguous(), mask.hashes(0, x.shape[0]))
+            block = mask.dropped(block.contiguous(), mask.hashes(0, x.shape[0]))
         return in_dtype(scaled_product(block, a_t, scale), acc)
     s = x.new_empty(x.shape[0], a.shape[0], dtype=work)
     for i, j, block in _in_blocks(x, work, mask):
@@ -273,10 +278,10 @@ def _add_lowrank(
     if keep and tiny(dx):
         hashes = mask.hashes(start, dx.shape[0])
         lowrank = scaled_product(left, right, mask.scale)
-        dx.add_(mask.zero_dropped(lowrank, hashes, out=lowrank))
+        dx.add_(mask.zero_dropped(lowrank, hashes))
         if x is not None and da is not None:
             rows = in_dtype(part(x, start, start + dx.shape[0]), da.operands)
-            da.add(in_dtype(ds, da.operands), mask.zero_dropped(rows.contiguous(), hashes))
+            da.add(in_dtype(ds, da.operands), mask.dropped(rows.contiguous(), hashes))
         return
     memory: Tensor | None = None
     spare: Tensor | None = None
@@ -287,15 +292,15 @@ def _add_lowrank(
             memory = memory_for(block, left.dtype) if memory is None else memory
         lowrank = block if memory is None else part(memory, 0, j - i)
         add_product(lowrank, part(left, i, j), right, mask.scale, keep=False)
-        mask.zero_dropped(lowrank, hashes, out=lowrank)
+        mask.zero_dropped(lowrank, hashes)
         if keep:  # in one dtype: where they differ, a CPU is slow
             block.add_(in_dtype(lowrank, dx.dtype) if blocks.on_cpu(dx) else lowrank)
         elif not in_place:
             block.copy_(lowrank)
         if x is not None and da is not None:
-            if spare is None:
-                spare = memory if memory is not None and memory.dtype == da.operands else memory_for(block, da.operands)
-            dropped = _dropped(part(x, start + i, start + j), mask, hashes, part(spare, 0, j - i))
+            if spare is None and memory is not None and memory.dtype == da.operands:
+                spare = memory
+            dropped, spare = _dropped(part(x, start + i, start + j), mask, hashes, da.operands, spare)
             da.add(in_dtype(part(ds, i, j), da.operands), dropped)
 
 

@@ -283,7 +283,7 @@ def test_the_mean_over_seeds_is_the_layer_without_dropout():
 
 def applied(mask: BlockMask, start: int, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
     block = torch.ones(rows, cols, dtype=dtype)
-    return mask.zero_dropped(block, mask.hashes(start, rows), out=block)
+    return mask.zero_dropped(block, mask.hashes(start, rows))
 
 
 @pytest.fixture(params=["numpy", "torch"])
@@ -291,9 +291,9 @@ def maker(request, monkeypatch):
     """What makes a small mask: numpy, or torch, as where there is no numpy."""
     if request.param == "torch":
         monkeypatch.setattr(dropout, "_numpy", lambda: None)
-        dropout._kept_words.cache_clear()  # what numpy made before
+        dropout._small_dropped.cache_clear()  # what numpy made before
     yield request.param
-    dropout._kept_words.cache_clear()
+    dropout._small_dropped.cache_clear()
 
 
 @pytest.mark.parametrize("seed", [0, 123456789, -1, 2**63 - 1, -(2**63)])
@@ -319,9 +319,11 @@ def test_zeroing_leaves_the_block_alone_unless_told_and_takes_inf_and_nan(maker)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for value in (3.0, math.inf, -math.inf, math.nan, -0.0):
             block = torch.full((24, 16), value, dtype=dtype)
-            found = mask.zero_dropped(block, mask.hashes(0, 24))
-            np.testing.assert_array_equal(found.double(), torch.where(keep, block, 0).double())
+            expected = torch.where(keep, block, 0).double()
+            np.testing.assert_array_equal(mask.dropped(block, mask.hashes(0, 24)).double(), expected)
             np.testing.assert_array_equal(block.double(), torch.full((24, 16), value).double())
+            assert mask.zero_dropped(block, mask.hashes(0, 24)) is block
+            np.testing.assert_array_equal(block.double(), expected)
 
 
 @pytest.mark.parametrize("rows", [5, 100, 300])
@@ -339,14 +341,14 @@ def test_numpy_that_torch_was_not_built_for(monkeypatch):
 
     monkeypatch.setattr(torch, "from_numpy", refuse)
     dropout._numpy.cache_clear()
-    dropout._kept_words.cache_clear()
+    dropout._small_dropped.cache_clear()
     try:
         mask = BlockMask(torch.tensor(3), 5, 7, 0.5)
         assert torch.equal(applied(mask, 0, 5, 7, torch.float32) == 1, keep_mask(3, 5, 7, 0.5))
     finally:
         monkeypatch.undo()
         dropout._numpy.cache_clear()
-        dropout._kept_words.cache_clear()
+        dropout._small_dropped.cache_clear()
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(20, 40), (90, 100)])  # a small mask, one of few groups
@@ -357,8 +359,8 @@ def test_what_a_forward_leaves_for_its_backward_is_only_read(rows, cols, dtype):
         expected = keep_mask(77, rows - part, cols, p)
         for _ in range(2):
             mask, block = BlockMask(torch.tensor(77), rows - part, cols, p), torch.ones(rows - part, cols, dtype=dtype)
-            assert torch.equal(mask.zero_dropped(block, mask.hashes(0, len(block))) == 1, expected)
-            mask.zero_dropped(block, mask.hashes(0, len(block)), out=block)
+            assert torch.equal(mask.dropped(block, mask.hashes(0, len(block))) == 1, expected)
+            mask.zero_dropped(block, mask.hashes(0, len(block)))
             assert torch.equal(block == 1, expected)
 
 
