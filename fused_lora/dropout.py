@@ -280,9 +280,9 @@ def _small_dropped(seed: int, rows: int, cols: int, p: float) -> Any:
     u ^= u >> 16
     u *= r1
     u ^= u >> 15
-    dropped = (u[:, None] * factors).view(numpy.int32) <= threshold(p)
+    dropped = (u[:, None] * factors[:rows]).view(numpy.int32) <= threshold(p)
     dropped = dropped.reshape(-1, cols)[:rows]
-    return dropped.copy() if rows % GROUP else dropped  # a view would keep the rows of the whole group
+    return dropped.copy() if rows > GROUP and rows % GROUP else dropped  # a view would keep the whole last group
 
 
 class BlockMask:

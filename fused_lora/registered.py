@@ -188,9 +188,11 @@ def run_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def run_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
-    """:func:`backward`, through the dispatcher where that has to see it; then no result is None, but what is not needed
-    is empty."""
-    return (backward if plain(dy) else torch.ops.fused_lora.linear_backward)(dy, *arguments)
+    """:func:`backward`, through the dispatcher where that has to see it."""
+    if plain(dy):
+        return backward(dy, *arguments)
+    grads, need = torch.ops.fused_lora.linear_backward(dy, *arguments), arguments[-2]
+    return tuple(grad if wanted else None for grad, wanted in zip(grads, need, strict=True))
 
 
 def keep(ctx: Any, inputs: Any, output: Any) -> None:
@@ -230,7 +232,7 @@ def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             dy, x, weight, a, b, s, scale, scale_tensor, seed, p,
             x_dtype, adapter_dtype, bias_dtype, in_features, rank, recast, need, strategy,
         )  # fmt: skip
-    dx, dbias, da, db, dlora_bias = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
+    dx, dbias, da, db, dlora_bias = grads
     return dx, None, dbias, da, db, dlora_bias, None, None, None, None, None, None
 
 

@@ -115,7 +115,9 @@ def expand(
                     return scaled_product(s, b.t(), scale).addmm_(x, w.t())
             else:
                 y = F.linear(x, w, None if bias is None else in_dtype(bias, dtype))
-                if b.dtype != dtype and tiny(x) and y.numel() <= blocks.TINY:
+                if tiny(y):
+                    if b.dtype == dtype:
+                        return y.addmm_(in_dtype(s, dtype), b.t(), alpha=scale)
                     return y.add_(torch.mm(s, b.t()), alpha=scale)
                 return add_product(y, in_dtype(s, b.dtype if b.dtype == dtype else acc_dtype(dtype)), b.t(), scale)
     t = in_dtype(s, acc_dtype(dtype)) * scale

@@ -56,8 +56,7 @@ class QuantisedLoRALinear(torch.autograd.Function):
         need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         need = [need_x, need_bias, need_a, need_b, False]
         dense = weight.to(rest[0]) if need_x else None
-        grads = run_backward(dy, x, dense, a, b, s, scale, None, seed, p, *rest, need, None)
-        dx, dbias, da, db, _ = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
+        dx, dbias, da, db, _ = run_backward(dy, x, dense, a, b, s, scale, None, seed, p, *rest, need, None)
         return dx, None, dbias, da, db, None, None, None, None
 
 
