@@ -299,9 +299,15 @@ def maker(request, monkeypatch):
 @pytest.mark.parametrize("seed", [0, 123456789, -1, 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("rows", [1, 7, 16, 256, 257])
 def test_the_words_of_a_few_rows_are_those_of_many(rows, seed, maker):
-    """Python's integers make them for few rows, operators for many: the same bits."""
     mask = BlockMask(torch.tensor(seed), rows, 40, 0.3)
     assert torch.equal(applied(mask, 0, rows, 40, torch.float32) == 1, keep_mask(seed, 512, 40, 0.3)[:rows])
+
+
+@pytest.mark.parametrize("seed", [0, 123456789, -1, 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("groups", [1, 2, 31, 1024])
+def test_the_words_in_one_large_integer(groups, seed):
+    for found, expected in zip(dropout._kept_keys(seed, groups), dropout._group_keys(seed, groups), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -371,9 +377,12 @@ def test_a_block_of_rows_has_whole_groups():
         assert all(start % GROUP == 0 for start in starts)
 
 
-def test_a_small_mask_is_kept_without_the_rest_of_its_group():
-    kept = dropout._small_dropped(5, 1, 8000, 0.3)
-    assert (kept if kept.base is None else kept.base).nbytes == 8000
+@pytest.mark.parametrize(("rows", "cols"), [(1, 8000), (9, 900)])
+def test_a_small_mask_is_kept_without_the_rest_of_its_group(rows, cols):
+    kept = dropout._small_dropped(5, rows, cols, 0.3)
+    while kept.base is not None:
+        kept = kept.base
+    assert kept.nbytes == rows * cols
 
 
 def test_numpy_is_found_under_fake_tensors():
@@ -389,7 +398,7 @@ def test_no_copy_from_the_host_beside_a_cpu(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a copy from the host")
 
-    for name in ("tensor", "as_tensor", "from_numpy"):
+    for name in ("tensor", "as_tensor", "from_numpy", "frombuffer"):
         monkeypatch.setattr(torch, name, refuse)
     mask = BlockMask(seed, 100, 64, 0.5)
     block = torch.empty(40, 64, device="meta")

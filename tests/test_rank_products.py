@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fused_lora import blocks, rank_products
-from fused_lora.rank_products import RowSum, add_product, narrow_product, row_sum
+from fused_lora.rank_products import RowSum, add_product, narrow_product, row_sum, scaled_product
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="without MKL nothing is cut")
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -68,6 +68,41 @@ def test_row_sum_of_a_lower_dtype_and_of_no_rows():
     none = RowSum(12, x, FP32, FP32)
     assert torch.equal(none.total(), torch.zeros(12, 2048))
     assert torch.equal(none.turned(), torch.zeros(2048, 12))
+
+
+# Inside the product; not where float32 makes it 0, nor where it is a tensor.
+SCALES = {"inside": 2.0, "zero": 0.0, "subnormal": 2.0**-140, "tensor": torch.tensor(2.0)}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(("K", "dtype"), [(2048, FP32), (40, FP32), (40, BF16)])  # cut, whole, of a lower dtype
+def test_a_scaled_row_sum(K, dtype, scale):
+    t, x = whole_numbers(300, 12, dtype=dtype).sign(), whole_numbers(300, K, dtype=dtype).sign()
+    total = RowSum(12, x, FP32, dtype, SCALES[scale])
+    for i, j in ((0, 128), (128, 129), (129, 300)):
+        total.add(t[i:j], x[i:j])
+    expected = (t.double().t() @ x.double()).float() * SCALES[scale]
+    assert torch.equal(total.total(), expected)
+    assert torch.equal(total.turned(), expected.t())
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("rows", [20, 512])  # the second, in bfloat16, is turned
+def test_a_scaled_product(rows, dtype, scale):
+    x, f = whole_numbers(rows, 2048, dtype=dtype).sign(), torch.zeros(2048, 8, dtype=dtype)
+    f[::128] = whole_numbers(16, 8, dtype=dtype)
+    expected = (x.double() @ f.double()).to(dtype) * SCALES[scale]
+    assert torch.equal(scaled_product(x, f, SCALES[scale]), expected)
+    out = torch.full((rows, 8), torch.nan, dtype=dtype)
+    assert scaled_product(x, f, SCALES[scale], out=out) is out
+    assert torch.equal(out, expected)
+
+
+def test_inf_is_not_lost_to_a_scale_of_zero():
+    x = torch.full((3, 5), torch.inf)
+    assert scaled_product(x, torch.ones(5, 2), 0.0).isnan().all()
+    assert row_sum(torch.ones(3, 2), x, 0.0).total().isnan().all()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
