@@ -23,6 +23,7 @@ from .checks import without_autocast
 from .derivatives import expressions_wanted
 from .dropout import keep_mask, keep_scale
 from .plan import Plan, plan_for
+from .rank_products import scaled_product
 
 # Elements of dx that are in the accumulation dtype at one time.
 _BLOCK = 1 << 20
@@ -115,10 +116,9 @@ def add_lowrank(
         block = dx[i : i + step]
         total = block.to(parts[0].dtype)
         for part, a, mask in zip(parts, wide, masks, strict=True):
-            lowrank = torch.mm(part[i : i + step], a)
+            lowrank = scaled_product(part[i : i + step], a, 1.0 if mask is None else mask.blocks.scale)
             if mask is not None:
-                hashes = mask.blocks.hashes(i, len(block))
-                lowrank = mask.blocks.zero_dropped(lowrank, hashes).mul_(mask.blocks.scale)
+                mask.blocks.zero_dropped(lowrank, mask.blocks.hashes(i, len(block)))
             total = total + lowrank
         block.copy_(total)
 
