@@ -20,6 +20,7 @@ element of its own pays one product, which is what a CPU is short of.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from typing import Any
@@ -38,6 +39,8 @@ MIX2 = 0x846CA68B
 STEP = 1597334677
 GROUP = 8
 _WORD = 0xFFFFFFFF
+_NOTHING = contextlib.nullcontext()
+_modes_active = torch._C._len_torch_dispatch_stack
 # Groups of rows up to which Python's large integers make their words, in the order of a little-endian machine: more
 # take operators on tensors less time.
 _FEW_GROUPS = 1 << 10 if sys.byteorder == "little" else 0
@@ -184,8 +187,9 @@ def _group_words(seed: int, groups: int) -> bytearray:
 def _kept_keys(seed: int, groups: int) -> tuple[Tensor, ...]:
     """:func:`_group_keys` of few groups on a CPU. The backward asks for those of its forward: 8 KiB at most for each of
     as many layers. Never written to."""
-    words = torch.frombuffer(_group_words(seed, groups), dtype=torch.int32)
-    return words.as_strided((groups, 1), (2, 1)), words.as_strided((groups, 1), (2, 1), 1)
+    with _disable_current_modes() if _modes_active() else _NOTHING:  # asked, for to disable none takes longer than this
+        words = torch.frombuffer(_group_words(seed, groups), dtype=torch.int32)
+        return words.as_strided((groups, 1), (2, 1)), words.as_strided((groups, 1), (2, 1), 1)
 
 
 def _column_words(cols: int, device: torch.device) -> Tensor:
@@ -265,7 +269,8 @@ def keep_mask(seed: int | Tensor, rows: int, cols: int, p: float, device: torch.
 def _numpy_constants(cols: int) -> tuple[Any, Any]:
     """:func:`_cpu_constants` as uint32 arrays."""
     columns, factors = _cpu_constants(cols)
-    return columns.numpy().view("uint32"), factors.numpy().view("uint32")
+    with _disable_current_modes():  # a fake tensor's are other numbers
+        return columns.numpy().view("uint32"), factors.numpy().view("uint32")
 
 
 @functools.lru_cache(maxsize=512)
@@ -273,7 +278,7 @@ def _small_dropped(seed: int, rows: int, cols: int, p: float) -> Any:
     """Where a whole mask of few rows drops, a bool array (rows, cols) that is kept like :func:`_kept_keys`."""
     numpy = _numpy()
     columns, factors = _numpy_constants(cols)
-    words = numpy.frombuffer(_group_words(seed, -(-rows // GROUP)), numpy.uint32).reshape(-1, 2)
+    words = numpy.frombuffer(_group_words(seed, -(-rows // GROUP)), "<u4").reshape(-1, 2)
     r0, r1 = words[:, :1], words[:, 1:]
     u = columns + r0
     u ^= u >> 16
@@ -314,7 +319,8 @@ class BlockMask:
         self._hashed: tuple[int, int, Tensor] | None = None  # first and last group hashed, and their u
 
     def hashes(self, start: int, rows: int) -> Tensor:
-        """What :meth:`zero_dropped` takes for the rows start..: h, int32 (rows, cols), or where they drop if small.
+        """What :meth:`zero_dropped` and :meth:`dropped` take for the rows start..: h, int32 (rows, cols), or where they
+        drop if small.
 
         Lives in the scratch: the next call overwrites it.
         """
@@ -357,8 +363,8 @@ class BlockMask:
         return block
 
     def dropped(self, block: Tensor, hashes: Tensor) -> Tensor:
-        """What :meth:`zero_dropped` makes of ``block``, which stays as it is. It takes the memory of the hashes, warm
-        from their making: they are gone then, and the next ones overwrite it."""
+        """What :meth:`zero_dropped` makes of ``block``, which stays as it is. It takes the memory of the hashes, or of
+        the flags made of them, which is warm: the hashes are gone then, and the next ones overwrite the result."""
         if self._small is not None:
             return block.masked_fill(hashes, 0.0)
         words = block.view(_WORD_OF_SIZE[block.element_size()])

@@ -192,7 +192,7 @@ class RowSum:
         left, total, alpha = t.t(), self._sum, self._alpha
         if self._parts > 1:
             left = left.expand(self._parts, -1, -1)
-            x = x.view(x.shape[0], self._parts, -1).transpose(0, 1)
+            x = x.view(x.shape[0], self._parts, x.shape[1] // self._parts).transpose(0, 1)
             if total is None:
                 self._sum = torch.baddbmm(_unread(x), left, x, beta=0, alpha=alpha)
             else:

@@ -12,7 +12,7 @@ from accuracy import STRATEGIES, Case, block_sizes, make_inputs, run
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from fused_lora import blocks, dropout, lora_linear, reference
+from fused_lora import blocks, dropout, lora_linear, rank_products, reference
 from fused_lora.dropout import GOLDEN, GROUP, MIX1, MIX2, STEP, BlockMask, keep_mask, keep_scale
 
 WORD = 0xFFFFFFFF
@@ -320,7 +320,7 @@ def test_any_block_of_the_mask_is_that_part_of_the_whole(start, rows, dtype, mak
         assert torch.equal(applied(mask, start, rows, 33, dtype), whole[start : start + rows].to(dtype))
 
 
-def test_zeroing_leaves_the_block_alone_unless_told_and_takes_inf_and_nan(maker):
+def test_zeroing_takes_inf_and_nan_and_a_copy_leaves_the_block_alone(maker):
     mask, keep = BlockMask(torch.tensor(4), 24, 16, 0.5), keep_mask(4, 24, 16, 0.5)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for value in (3.0, math.inf, -math.inf, math.nan, -0.0):
@@ -411,11 +411,14 @@ def test_the_factors_of_the_rows_are_powers_of_the_step():
     assert (dropout._row_factors(torch.device("cpu")).flatten().long() & 0xFFFFFFFF).tolist() == expected
 
 
-def test_fake_tensors_are_not_kept_for_real_calls():
-    args = (torch.randn(300, 92), torch.randn(10, 92), torch.randn(4, 92), torch.randn(10, 4), 2.0)
+@pytest.mark.parametrize(("rows", "cols"), [(300, 92), (17, 61)])  # the second mask is small
+def test_fake_tensors_are_not_kept_for_real_calls(rows, cols):
+    args = (torch.randn(rows, cols), torch.randn(10, cols), torch.randn(4, cols), torch.randn(10, 4), 2.0)
     seed = torch.tensor(4)
     expected = lora_linear(*args, dropout_p=0.5, seed=seed)
-    dropout._cpu_constants.cache_clear()
+    for kept in ("cpu_constants", "cpu_number", "cpu_shifts", "kept_keys", "numpy_constants", "small_dropped"):
+        getattr(dropout, f"_{kept}").cache_clear()
+    rank_products._one_element.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True):
         lora_linear(*args, dropout_p=0.5, seed=torch.tensor(4))
     assert torch.equal(lora_linear(*args, dropout_p=0.5, seed=seed), expected)

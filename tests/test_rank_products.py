@@ -65,6 +65,10 @@ def test_row_sum_of_a_lower_dtype_and_of_no_rows():
     total.add(t[150:], x[150:])
     halves = [(t[i : i + 150].t() @ x[i : i + 150]).float() for i in (0, 150)]
     assert torch.equal(total.total(), halves[0] + halves[1])
+    cut = RowSum(12, x.float(), FP32, FP32)
+    for rows in (0, 300):
+        cut.add(t[:rows].float(), x[:rows].float())
+    assert torch.equal(cut.total(), t.float().t() @ x.float())
     none = RowSum(12, x, FP32, FP32)
     assert torch.equal(none.total(), torch.zeros(12, 2048))
     assert torch.equal(none.turned(), torch.zeros(2048, 12))
