@@ -166,7 +166,7 @@ def add_product(y: Tensor, t: Tensor, f: Tensor, alpha: float = 1.0, keep: bool 
     memory: Tensor | None = None
     for i, j in row_blocks(y):
         block = part(y, i, j)
-        memory = memory_for(block, torch.float32) if memory is None else memory
+        memory = memory_for(y, torch.float32) if memory is None else memory
         block.copy_(_add_at_once(part(memory, 0, j - i).copy_(block), part(t, i, j), f, alpha, keep))
     return y
 

@@ -51,26 +51,28 @@ def _base_first(t: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _dropped(
-    block: Tensor, mask: BlockMask, hashes: Tensor, dtype: torch.dtype, memory: Tensor | None
+    x: Tensor, i: int, j: int, mask: BlockMask, hashes: Tensor, dtype: torch.dtype, memory: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The block in ``dtype``, its dropped elements zero (the rank-wide side carries 1/(1-p)), and ``memory``, made
-    where the block has to be cast or laid out anew. The hashes are gone then."""
+    """Rows i..j of x in ``dtype``, the dropped elements zero (the rank-wide side carries 1/(1-p)), and ``memory``, made
+    where they have to be cast or laid out anew. The hashes are gone then."""
+    block = part(x, i, j)
     if block.dtype == dtype and block.is_contiguous():
         return mask.dropped(block, hashes), memory
-    memory = memory_for(block, dtype) if memory is None else memory
-    return mask.zero_dropped(part(memory, 0, block.shape[0]).copy_(block), hashes), memory
+    memory = memory_for(x, dtype) if memory is None else memory
+    return mask.zero_dropped(part(memory, 0, j - i).copy_(block), hashes), memory
 
 
 def _in_blocks(x: Tensor, dtype: torch.dtype, mask: BlockMask | None = None) -> Iterator[tuple[int, int, Tensor]]:
     """(i, j, rows i..j of drop(x) in ``dtype``) of block after block, each in the same memory where one is made."""
     memory: Tensor | None = None
     for i, j in row_blocks(x):
-        block = part(x, i, j)
         if mask is not None:
-            block, memory = _dropped(block, mask, mask.hashes(i, j - i), dtype, memory)
-        elif block.dtype != dtype:
-            memory = memory_for(block, dtype) if memory is None else memory  # the first is the largest
-            block = part(memory, 0, j - i).copy_(block)
+            block, memory = _dropped(x, i, j, mask, mask.hashes(i, j - i), dtype, memory)
+        else:
+            block = part(x, i, j)
+            if block.dtype != dtype:
+                memory = memory_for(x, dtype) if memory is None else memory
+                block = part(memory, 0, j - i).copy_(block)
         yield i, j, block
 
 
@@ -291,7 +293,7 @@ def _add_lowrank(
         block = part(dx, i, j)
         hashes = mask.hashes(start + i, j - i)
         if not in_place:
-            memory = memory_for(block, left.dtype) if memory is None else memory
+            memory = memory_for(dx, left.dtype) if memory is None else memory
         lowrank = block if memory is None else part(memory, 0, j - i)
         add_product(lowrank, part(left, i, j), right, mask.scale, keep=False)
         mask.zero_dropped(lowrank, hashes)
@@ -302,7 +304,7 @@ def _add_lowrank(
         if x is not None and da is not None:
             if spare is None and memory is not None and memory.dtype == da.operands:
                 spare = memory
-            dropped, spare = _dropped(part(x, start + i, start + j), mask, hashes, da.operands, spare)
+            dropped, spare = _dropped(x, start + i, start + j, mask, hashes, da.operands, spare)
             da.add(in_dtype(part(ds, i, j), da.operands), dropped)
 
 

@@ -377,6 +377,16 @@ def test_a_block_of_rows_has_whole_groups():
         assert all(start % GROUP == 0 for start in starts)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 31, 32, 33, 47, 48])
+def test_blocks_of_rows_cover_all_and_none_but_the_only_one_is_small(rows, monkeypatch):
+    monkeypatch.setattr(blocks, "CPU_BLOCK", 16 * 5)
+    t = torch.empty(rows, 5)
+    found = list(blocks.row_blocks(t))
+    assert [row for i, j in found for row in range(i, j)] == list(range(rows))
+    assert len(found) <= 1 or all(j - i >= blocks.ROWS for i, j in found)
+    assert max([j - i for i, j in found], default=0) <= len(blocks.memory_for(t, torch.float64))
+
+
 @pytest.mark.parametrize(("rows", "cols"), [(1, 8000), (9, 900)])
 def test_a_small_mask_is_kept_without_the_rest_of_its_group(rows, cols):
     kept = dropout._small_dropped(5, rows, cols, 0.3)
