@@ -166,6 +166,10 @@ def main(arguments: list[str] | None = None) -> None:
         "--output", type=Path, default=default, help="the JSON to write (default: bench/results/paired.json)"
     )
     options = parser.parse_args(arguments)
+    try:
+        cases(options)
+    except ValueError as error:
+        parser.error(str(error))
     result = run(options)
     for name, reason in result["left_out"].items():
         print(f"left out: {name}: {reason}", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -170,6 +171,14 @@ def _items(option: str, text: str, known: tuple[str, ...]) -> list[str]:
     return items
 
 
+def _numbers(option: str, text: str, number: type[int] | type[float]) -> list[Any]:
+    try:
+        return [number(item) for item in text.split(",")]
+    except ValueError:
+        kind = "whole numbers" if number is int else "numbers"
+        raise ValueError(f"{option} takes a comma list of {kind}, got {text!r}") from None
+
+
 def cases(options: Namespace) -> list[Case]:
     """The cases of the grid, those of one group of shapes next to each other.
 
@@ -179,10 +188,10 @@ def cases(options: Namespace) -> list[Case]:
     cuda = device_of(options).type == "cuda"
     shapes = options.shapes or ("tiny" if options.quick else "llama-3-8b" if cuda else "cpu")
     regimes = options.dtype or ("fp32,bf16-fp32" if options.quick else "fp32,bf16,bf16-fp32")
-    ranks = [int(r) for r in (options.rank or ("8" if options.quick else "8,16,64")).split(",")]
-    probabilities = [float(p) for p in (options.p or "0,0.1").split(",")]
+    ranks = _numbers("--rank", options.rank or ("8" if options.quick else "8,16,64"), int)
+    probabilities = _numbers("--p", options.p or "0,0.1", float)
     modes = _items("--mode", options.mode or ",".join(MODES), MODES)
-    rows = [int(m) for m in options.rows.split(",")] if options.rows else None
+    rows = _numbers("--rows", options.rows, int) if options.rows else None
     return [
         Case(name, linear.name, linear.count, M, linear.K, linear.N, mode, regime, p, rank)
         for name in _items("--shapes", shapes, tuple(SHAPE_SETS))
