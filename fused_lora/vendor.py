@@ -89,7 +89,7 @@ def shrink(x: Tensor, a: Tensor, mask: BlockMask | None, upcast: bool) -> Tensor
         block = in_dtype(x, work)
         if mask is not None:
             block = mask.dropped(block.contiguous(), mask.hashes(0, x.shape[0]))
-        return in_dtype(scaled_product(block, a_t, scale), acc)
+        return scaled_product(block, a_t, scale)
     s = x.new_empty(x.shape[0], a.shape[0], dtype=work)
     for i, j, block in _in_blocks(x, work, mask):
         scaled_product(block, a_t, scale, out=part(s, i, j))
@@ -204,11 +204,10 @@ def _tiny_grad_b(
     dy: Tensor, b: Tensor | None, s: Tensor | None, scale: float, dtype: torch.dtype, native: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """:func:`grad_b` in the fewest operators: no blocks, no layout."""
-    acc = acc_dtype(dtype)
-    work = dtype if native else acc
+    work = dtype if native else acc_dtype(dtype)
     dy, ds, db = in_dtype(dy, work), None, None
     if b is not None:
-        ds = in_dtype(scaled_product(dy, in_dtype(b, work), scale), acc)
+        ds = scaled_product(dy, in_dtype(b, work), scale)
     if s is not None:
         db = in_dtype(scaled_product(dy.t(), in_dtype(s, work), scale), dtype)
     return ds, db
@@ -333,7 +332,7 @@ def _grad_x_upcast(
 def grad_a(x: Tensor, ds: Tensor, mask: BlockMask | None, dtype: torch.dtype, upcast: bool) -> Tensor:
     """da = dsᵀ drop(x), (R, K) in ``dtype``, that of the adapters."""
     acc = acc_dtype(ds.dtype)
-    if mask is None and x.dtype == acc:
+    if mask is None and x.dtype == acc and not tiny(x):
         return in_dtype(row_sum(in_dtype(ds, acc), x).total(), dtype)
     if mask is None and _native(x, dtype, upcast):
         return torch.mm(in_dtype(ds, dtype).t(), x)
