@@ -75,3 +75,10 @@ def row_blocks(t: Tensor) -> Iterator[tuple[int, int]]:
 def memory_for(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for each block of rows of t in turn: fresh memory costs a CPU more than the operator that fills it."""
     return t.new_empty(min(t.shape[0], _rows_of_a_block(t) + ROWS - 1), t.shape[1], dtype=dtype)
+
+
+def copied(t: Tensor, i: int, j: int, dtype: torch.dtype, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows i..j of t in ``dtype``, contiguous, in ``memory`` (:func:`memory_for`), which is made where there is none
+    yet; and the memory."""
+    memory = memory_for(t, dtype) if memory is None else memory
+    return part(memory, 0, j - i).copy_(part(t, i, j)), memory

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -75,6 +76,15 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     if torch._C._is_any_autocast_enabled() and autocasting(device.type):  # the name of a device takes longer to ask for
         return torch.autocast(device.type, enabled=False)
     return _NOTHING
+
+
+modes_active = torch._C._len_torch_dispatch_stack
+
+
+def without_modes() -> contextlib.AbstractContextManager[Any]:
+    """A context in which no dispatch mode acts, for what is kept from call to call: a fake tensor would serve real
+    calls later."""
+    return _disable_current_modes() if modes_active() else _NOTHING  # to disable none takes longer than to ask
 
 
 def autocast_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:

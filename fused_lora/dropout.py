@@ -20,17 +20,15 @@ element of its own pays one product, which is what a CPU is short of.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .blocks import part
-from .checks import as_number
+from .checks import as_number, without_modes
 
 GOLDEN = 0x9E3779B1  # odd, 2**32 / golden ratio: neighbouring columns start far apart
 MIX1 = 0x7FEB352D  # the multipliers of Wellons' lowbias32 integer hash
@@ -39,8 +37,6 @@ MIX2 = 0x846CA68B
 STEP = 1597334677
 GROUP = 8
 _WORD = 0xFFFFFFFF
-_NOTHING = contextlib.nullcontext()
-_modes_active = torch._C._len_torch_dispatch_stack
 # Groups of rows up to which Python's large integers make their words, in the order of a little-endian machine: more
 # take operators on tensors less time.
 _FEW_GROUPS = 1 << 10 if sys.byteorder == "little" else 0
@@ -132,7 +128,7 @@ def _numpy() -> Any:
     try:
         import numpy
 
-        with _disable_current_modes():  # a fake tensor has no numpy
+        with without_modes():  # a fake tensor has no numpy
             torch.from_numpy(numpy.zeros(1, numpy.int32)).numpy()
     except (ImportError, RuntimeError, TypeError):
         return None
@@ -187,7 +183,7 @@ def _group_words(seed: int, groups: int) -> bytearray:
 def _kept_keys(seed: int, groups: int) -> tuple[Tensor, ...]:
     """:func:`_group_keys` of few groups on a CPU. The backward asks for those of its forward: 8 KiB at most for each of
     as many layers. Never written to."""
-    with _disable_current_modes() if _modes_active() else _NOTHING:  # asked, for to disable none takes longer than this
+    with without_modes():
         words = torch.frombuffer(_group_words(seed, groups), dtype=torch.int32)
         return words.as_strided((groups, 1), (2, 1)), words.as_strided((groups, 1), (2, 1), 1)
 
@@ -210,14 +206,14 @@ def _cpu_constants(cols: int) -> tuple[Tensor, Tensor]:
     """(:func:`_column_words`, :func:`_row_factors`) on the CPU, kept from call to call: models have few widths. Never
     written to."""
     device = torch.device("cpu")
-    with _disable_current_modes():  # a fake tensor, kept, would serve real calls later
+    with without_modes():
         return _column_words(cols, device), _row_factors(device)
 
 
 @functools.lru_cache(maxsize=64)
 def _cpu_number(value: int) -> Tensor:
     """A number as operators on a CPU take it at once: of a Python number each call makes a tensor first."""
-    with _disable_current_modes():
+    with without_modes():
         return torch.tensor(value, dtype=torch.int32, device="cpu")
 
 
@@ -269,7 +265,7 @@ def keep_mask(seed: int | Tensor, rows: int, cols: int, p: float, device: torch.
 def _numpy_constants(cols: int) -> tuple[Any, Any]:
     """:func:`_cpu_constants` as uint32 arrays."""
     columns, factors = _cpu_constants(cols)
-    with _disable_current_modes():  # a fake tensor's are other numbers
+    with without_modes():
         return columns.numpy().view("uint32"), factors.numpy().view("uint32")
 
 

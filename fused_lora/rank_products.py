@@ -17,10 +17,10 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from . import blocks
-from .blocks import in_dtype, memory_for, part, row_blocks
+from .blocks import copied, in_dtype, part, row_blocks
+from .checks import without_modes
 
 # Columns of a part of tᵀ x: the nearest divisor of K to 128 within these.
 _NARROWEST, _WIDTH, _WIDEST = 64, 128, 160
@@ -79,7 +79,7 @@ def _add_at_once(y: Tensor, t: Tensor, f: Tensor, alpha: float, keep: bool) -> T
 
 @functools.lru_cache(maxsize=4)
 def _one_element(dtype: torch.dtype) -> Tensor:
-    with _disable_current_modes(), torch.inference_mode(False):  # it is kept, and serves other calls than this
+    with without_modes():
         return torch.zeros(1, dtype=dtype, device="cpu")
 
 
@@ -166,8 +166,8 @@ def add_product(y: Tensor, t: Tensor, f: Tensor, alpha: float = 1.0, keep: bool 
     memory: Tensor | None = None
     for i, j in row_blocks(y):
         block = part(y, i, j)
-        memory = memory_for(y, torch.float32) if memory is None else memory
-        block.copy_(_add_at_once(part(memory, 0, j - i).copy_(block), part(t, i, j), f, alpha, keep))
+        wide, memory = copied(y, i, j, torch.float32, memory)
+        block.copy_(_add_at_once(wide, part(t, i, j), f, alpha, keep))
     return y
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import pieces
 from .blocks import acc_dtype
-from .checks import without_autocast
+from .checks import modes_active, without_autocast
 from .derivatives import differentiable_backward, expressions_wanted
 from .plan import Plan, plan_for
 
@@ -165,7 +165,6 @@ torch.library.register_fake("fused_lora::linear_backward", _backward_fake, lib=_
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_modes_active = torch._C._len_torch_dispatch_stack
 
 
 def plain(t: Tensor) -> bool:
@@ -176,7 +175,7 @@ def plain(t: Tensor) -> bool:
 def watched() -> bool:
     """Whether a mode is active that must see the ops whole: a tracer's; or selective checkpointing's, which keeps some
     results of what it sees and forbids in-place work on them."""
-    if not _modes_active():
+    if not modes_active():
         return False
     modules = ("torch.utils.checkpoint", "torch.fx.experimental.proxy_tensor")
     return any(type(mode).__module__ in modules for mode in _get_current_dispatch_mode_stack())

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import blocks
-from .blocks import acc_dtype, in_dtype, memory_for, part, ranges, row_blocks, tiny
+from .blocks import acc_dtype, copied, in_dtype, memory_for, part, ranges, row_blocks, tiny
 from .dropout import BlockMask
 from .rank_products import (
     RowSum,
@@ -58,8 +58,8 @@ def _dropped(
     block = part(x, i, j)
     if block.dtype == dtype and block.is_contiguous():
         return mask.dropped(block, hashes), memory
-    memory = memory_for(x, dtype) if memory is None else memory
-    return mask.zero_dropped(part(memory, 0, j - i).copy_(block), hashes), memory
+    block, memory = copied(x, i, j, dtype, memory)
+    return mask.zero_dropped(block, hashes), memory
 
 
 def _in_blocks(x: Tensor, dtype: torch.dtype, mask: BlockMask | None = None) -> Iterator[tuple[int, int, Tensor]]:
@@ -68,11 +68,10 @@ def _in_blocks(x: Tensor, dtype: torch.dtype, mask: BlockMask | None = None) -> 
     for i, j in row_blocks(x):
         if mask is not None:
             block, memory = _dropped(x, i, j, mask, mask.hashes(i, j - i), dtype, memory)
+        elif x.dtype != dtype:
+            block, memory = copied(x, i, j, dtype, memory)
         else:
             block = part(x, i, j)
-            if block.dtype != dtype:
-                memory = memory_for(x, dtype) if memory is None else memory
-                block = part(memory, 0, j - i).copy_(block)
         yield i, j, block
 
 
