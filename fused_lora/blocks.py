@@ -52,7 +52,8 @@ def ranges(total: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, total)
 
 
-def _rows_of_a_block(t: Tensor) -> int:
+def rows_of_a_block(t: Tensor) -> int:
+    """Rows of a block of t; all of t may be fewer."""
     rows = (CPU_BLOCK if on_cpu(t) else GPU_BLOCK) // max(t.shape[1], 1)
     return max(rows - rows % ROWS, ROWS)
 
@@ -64,7 +65,7 @@ def row_blocks(t: Tensor) -> Iterator[tuple[int, int]]:
     of one row with a matrix is summed another way: over 2048 terms it errs 3.5 times as much, over 128256 terms 11
     times (RMS; AMD EPYC, torch 2.13, 2026-11-29).
     """
-    total, rows = t.shape[0], _rows_of_a_block(t)
+    total, rows = t.shape[0], rows_of_a_block(t)
     start = 0
     while start < total:
         stop = start + rows if total - start - rows >= ROWS else total
@@ -74,7 +75,7 @@ def row_blocks(t: Tensor) -> Iterator[tuple[int, int]]:
 
 def memory_for(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for each block of rows of t in turn: fresh memory costs a CPU more than the operator that fills it."""
-    return t.new_empty(min(t.shape[0], _rows_of_a_block(t) + ROWS - 1), t.shape[1], dtype=dtype)
+    return t.new_empty(min(t.shape[0], rows_of_a_block(t) + ROWS - 1), t.shape[1], dtype=dtype)
 
 
 def copied(t: Tensor, i: int, j: int, dtype: torch.dtype, memory: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,10 @@ float32: MKL multiplies matrices that are R wide slowly when they are given to i
 and its caches where they are narrow. Cut into a batch by us, tᵀ x takes 55 to 80 % of the time, t f with few ranks 45
 to 80 % (AMD EPYC, 2 threads, torch 2.13, 2026-11-25). bfloat16: oneDNN makes a result that is R high in 45 to 70 % of
 the time of one R wide at ranks 8 and 16, in the same time at 48 (another AMD EPYC, 2 threads, torch 2.13, 2026-11-29).
-More in docs/tuning-notes.md. Each element is summed in float32 over the same terms either way. Elsewhere these are the
-plain products.
+More in docs/tuning-notes.md. What decides where cores do not share a cache is that a thread finds in its own what it
+wrote: a block that is written again and again is cut by rows, as the threads cut what is written.
+
+Each element is summed in float32 over the same terms either way. Elsewhere these are the plain products.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ import torch
 from torch import Tensor
 
 from . import blocks
-from .blocks import copied, in_dtype, part, row_blocks
+from .blocks import copied, in_dtype, part, row_blocks, rows_of_a_block
 from .checks import without_modes
 
 # Columns of a part of tᵀ x: the nearest divisor of K to 128 within these.
 _NARROWEST, _WIDTH, _WIDEST = 64, 128, 160
+# Rows that a part of a block has at least.
+_LEAST_HEIGHT = 32
 # Ranks up to which a bfloat16 product R columns wide is made R rows high and turned, and elements of x from which it
 # is: with fewer, turning it costs what that saves.
 _NARROW = 32
@@ -48,15 +52,22 @@ def _column_parts(columns: int) -> int:
     return columns // min(widths, key=lambda width: abs(width - _WIDTH)) if columns and widths else 1
 
 
+def _parts_of_a_block(x: Tensor, rank: int) -> int:
+    """Into how many parts of its rows a block of x is cut that shares its memory with the blocks before it: one for
+    each thread; 1 where there is but one block, or where the sums of such parts would be large next to it."""
+    rows, threads = rows_of_a_block(x), torch.get_num_threads()
+    return threads if x.shape[0] > rows >= threads * max(_LEAST_HEIGHT, 4 * rank) else 1
+
+
 def _batches(t: Tensor, dtype: torch.dtype) -> bool:
     return blocks.on_cpu(t) and dtype == torch.float32 and t.numel() >= _LEAST and _mkl()
 
 
 def _rows_of_a_part(rows: int, rank: int) -> int:
     """Rows of t in a part of t f; 0: it is left whole."""
-    if rank <= 8:
+    if rank <= 16:
         return 16
-    return 64 if rank <= 16 or rows <= 256 else 0
+    return 64 if rows <= 256 else 0
 
 
 def _add_at_once(y: Tensor, t: Tensor, f: Tensor, alpha: float, keep: bool) -> Tensor:
@@ -174,29 +185,40 @@ def add_product(y: Tensor, t: Tensor, f: Tensor, alpha: float = 1.0, keep: bool 
 class RowSum:
     """scale · tᵀ x, (R, K), summed over blocks of rows of t (M, R) and x (M, K) in their accumulation dtype ``acc``.
 
-    ``operands`` is the dtype that the products read, ``acc`` or a lower one.
+    ``operands`` is the dtype that the products read, ``acc`` or a lower one. ``in_blocks``: x is added block by block,
+    each in the memory of the one before it.
     """
 
-    def __init__(self, rank: int, x: Tensor, acc: torch.dtype, operands: torch.dtype, scale: float | Tensor = 1.0):
+    def __init__(
+        self,
+        rank: int,
+        x: Tensor,
+        acc: torch.dtype,
+        operands: torch.dtype,
+        scale: float | Tensor = 1.0,
+        in_blocks: bool = True,
+    ):
         self.operands = operands
         self._alpha: float = 1.0
         self._factor: float | Tensor | None = scale
         if scale_inside(scale):
             self._alpha, self._factor = scale, None
         self._shape, self._acc, self._device = (rank, x.shape[1]), acc, x.device
-        self._parts = _column_parts(x.shape[1]) if _batches(x, operands) else 1
-        self._sum: Tensor | None = None  # (parts, R, K / parts), or (R, K)
+        self._column_parts = self._row_parts = 1  # not more than one of them is above 1
+        if _batches(x, operands):
+            self._row_parts = _parts_of_a_block(x, rank) if in_blocks else 1
+            self._column_parts = _column_parts(x.shape[1]) if self._row_parts == 1 else 1
+        self._sum: Tensor | None = None  # (R, K), (column parts, R, K / column parts) or (row parts, R, K)
 
     def add(self, t: Tensor, x: Tensor) -> None:
         """Adds scale · tᵀ x of some rows; both in ``operands``."""
         left, total, alpha = t.t(), self._sum, self._alpha
-        if self._parts > 1:
-            left = left.expand(self._parts, -1, -1)
-            x = x.view(x.shape[0], self._parts, x.shape[1] // self._parts).transpose(0, 1)
-            if total is None:
-                self._sum = torch.baddbmm(_unread(x), left, x, beta=0, alpha=alpha)
-            else:
-                total.baddbmm_(left, x, alpha=alpha)
+        if self._row_parts > 1:
+            self._add_row_parts(t, x)
+        elif self._column_parts > 1:
+            left = left.expand(self._column_parts, -1, -1)
+            x = x.view(x.shape[0], self._column_parts, x.shape[1] // self._column_parts).transpose(0, 1)
+            self._add_batch(left, x)
         elif total is None:
             self._sum = _product(left, x, alpha)  # in ``operands`` while it is the only one: to cast it tells no more
         elif self._acc == self.operands:
@@ -204,20 +226,38 @@ class RowSum:
         else:
             self._sum = total.to(self._acc).add_(_product(left, x, alpha))
 
+    def _add_batch(self, left: Tensor, right: Tensor) -> None:
+        if self._sum is None:
+            self._sum = torch.baddbmm(_unread(right), left, right, beta=0, alpha=self._alpha)
+        else:
+            self._sum.baddbmm_(left, right, alpha=self._alpha)
+
+    def _add_row_parts(self, t: Tensor, x: Tensor) -> None:
+        """The rows that the parts leave over, fewer than parts, go to the first part's sum."""
+        parts = self._row_parts
+        height = x.shape[0] // parts
+        whole = height * parts
+        left, right = part(t, 0, whole), part(x, 0, whole)
+        self._add_batch(left.view(parts, height, t.shape[1]).transpose(1, 2), right.view(parts, height, x.shape[1]))
+        if whole < x.shape[0] and self._sum is not None:
+            self._sum[0].addmm_(t[whole:].t(), x[whole:], alpha=self._alpha)
+
     def total(self) -> Tensor:
         """The sum, (R, K), contiguous, as its one product rounded it if there was but one; 0 where no row was added."""
         return self._scaled(self._whole())
 
     def turned(self) -> Tensor:
         """The sum as xᵀ t, (K, R), contiguous."""
-        if self._sum is None or self._sum.dim() == 2:
-            return self._scaled(self._whole().t().contiguous())
-        return self._scaled(self._sum.transpose(1, 2).flatten(0, 1))
+        if self._column_parts > 1 and self._sum is not None:
+            return self._scaled(self._sum.transpose(1, 2).flatten(0, 1))
+        return self._scaled(self._whole().t().contiguous())
 
     def _whole(self) -> Tensor:
         if self._sum is None:
             return torch.zeros(self._shape, dtype=self._acc, device=self._device)
-        return self._sum if self._sum.dim() == 2 else self._sum.transpose(0, 1).flatten(1)
+        if self._row_parts > 1:
+            return self._sum.sum(0)
+        return self._sum if self._column_parts == 1 else self._sum.transpose(0, 1).flatten(1)
 
     def _scaled(self, total: Tensor) -> Tensor:
         return total if self._factor is None else total * self._factor
@@ -225,6 +265,6 @@ class RowSum:
 
 def row_sum(t: Tensor, x: Tensor, scale: float | Tensor = 1.0) -> RowSum:
     """scale · tᵀ x in one go, both in their accumulation dtype."""
-    whole = RowSum(t.shape[1], x, x.dtype, x.dtype, scale)
+    whole = RowSum(t.shape[1], x, x.dtype, x.dtype, scale, in_blocks=False)
     whole.add(t, x)
     return whole

@@ -45,11 +45,13 @@ def test_what_is_not_kept_is_not_read(rank):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+@pytest.mark.parametrize("threads", [1, 2, 3])  # with one the blocks are cut by columns, else by rows
 @pytest.mark.parametrize("K", [2048, 784, 1100, 2049, 67 * 64])
-def test_row_sum(K, layout):
-    t, x = whole_numbers(300, 12), whole_numbers(300, K)
+def test_row_sum(monkeypatch, K, threads, layout):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    t, x = whole_numbers(700, 12), whole_numbers(700, K)
     total = RowSum(12, x, FP32, FP32)
-    for i, j in ((0, 128), (128, 129), (129, 300)):
+    for i, j in ((0, 1), (1, 129), (129, 131), (131, 700)):
         total.add(t[i:j], laid_out(x[i:j], layout))
     assert torch.equal(total.total(), t.t() @ x)
     assert torch.equal(total.turned(), x.t() @ t)
@@ -65,7 +67,7 @@ def test_row_sum_of_a_lower_dtype_and_of_no_rows():
     total.add(t[150:], x[150:])
     halves = [(t[i : i + 150].t() @ x[i : i + 150]).float() for i in (0, 150)]
     assert torch.equal(total.total(), halves[0] + halves[1])
-    cut = RowSum(12, x.float(), FP32, FP32)
+    cut = RowSum(12, x.float(), FP32, FP32, in_blocks=False)
     for rows in (0, 300):
         cut.add(t[:rows].float(), x[:rows].float())
     assert torch.equal(cut.total(), t.float().t() @ x.float())
@@ -141,10 +143,23 @@ def test_float32_factors_of_a_bfloat16_result_are_rounded_with_it(rows, rank):
     assert (error <= 2.0**-8 * expected.abs() + 1e-4).all()  # one rounding, and float32's errors where terms cancel
 
 
-def test_which_products_are_cut():
+def test_which_products_are_cut(monkeypatch):
     x = torch.empty(64, 2048)
     assert [rank_products._column_parts(K) for K in (0, 64, 784, 2048, 11008, 2049)] == [1, 1, 7, 16, 86, 1]
-    assert RowSum(8, x, FP32, FP32)._parts == 16
-    assert RowSum(8, x[:8], FP32, FP32)._parts == 1  # few elements
-    assert RowSum(8, x.double(), torch.float64, torch.float64)._parts == 1
-    assert RowSum(8, x.to(BF16), FP32, BF16)._parts == 1
+
+    def parts(x, rank=8, dtype=FP32, **how):
+        total = RowSum(rank, x, dtype, dtype, **how)
+        return total._row_parts, total._column_parts
+
+    assert parts(x) == (1, 16)
+    assert parts(x[:8]) == (1, 1)  # few elements
+    assert parts(x.double(), dtype=torch.float64) == (1, 1)
+    assert parts(x.to(BF16), dtype=BF16) == (1, 1)
+    blocks = torch.empty(257, 2048)  # blocks of 256 rows
+    for threads, by_rows in ((1, 1), (2, 2), (8, 8), (9, 1)):  # a part has at least 32 rows
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert parts(blocks) == (by_rows, 1 if by_rows > 1 else 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert parts(blocks[:256]) == parts(blocks, in_blocks=False) == (1, 16)  # one block; what no block is written for
+    assert parts(blocks, rank=32) == (2, 1)
+    assert parts(blocks, rank=33) == (1, 16)
