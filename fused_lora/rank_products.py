@@ -6,8 +6,9 @@ float32: MKL multiplies matrices that are R wide slowly when they are given to i
 and its caches where they are narrow. Cut into a batch by us, tᵀ x takes 55 to 80 % of the time, t f with few ranks 45
 to 80 % (AMD EPYC, 2 threads, torch 2.13, 2026-11-25). bfloat16: oneDNN makes a result that is R high in 45 to 70 % of
 the time of one R wide at ranks 8 and 16, in the same time at 48 (another AMD EPYC, 2 threads, torch 2.13, 2026-11-29).
-More in docs/tuning-notes.md. What decides where cores do not share a cache is that a thread finds in its own what it
-wrote: a block that is written again and again is cut by rows, as the threads cut what is written.
+More in docs/tuning-notes.md. Where one core is slow to write what another has read (as if they shared no
+cache) it decides that a thread reads what it wrote: memory that is written for block after block is cut by rows, as the
+threads cut what is written.
 
 Each element is summed in float32 over the same terms either way. Elsewhere these are the plain products.
 """
@@ -36,6 +37,9 @@ _MANY = 1 << 20
 # halves.
 _FEW_RANKS = 32
 _LEAST_SCALE = torch.finfo(torch.float32).tiny
+# Columns up to which tᵀ x is summed over so many rows at a time: over all rows in one run, as MKL does with 4 to 10
+# columns and 16 ranks and more, 16384 of them cost 9 times the error of dyᵀ s and 5 times the time.
+_FEW_COLUMNS, _RUN = 16, 256
 # Elements of x, or of t f, below which one product is as fast.
 _LEAST = 1 << 16
 
@@ -113,6 +117,18 @@ def _product(x: Tensor, f: Tensor, alpha: float, out: Tensor | None = None) -> T
     return torch.addmm(_unread(x), x, f, beta=0, alpha=alpha, out=out)
 
 
+def _product_in_runs(t: Tensor, x: Tensor, alpha: float) -> Tensor:
+    """alpha · tᵀ x, summed over ``_RUN`` rows at a time, then over those sums."""
+    rows, runs = x.shape[0], x.shape[0] // _RUN
+    if runs < 2:
+        return _product(t.t(), x, alpha)
+    whole = runs * _RUN
+    left = part(t, 0, whole).view(runs, _RUN, t.shape[1]).transpose(1, 2)
+    right = part(x, 0, whole).view(runs, _RUN, x.shape[1])
+    total = torch.baddbmm(_unread(x), left, right, beta=0, alpha=alpha).sum(0)
+    return total if whole == rows else total.addmm_(t[whole:].t(), x[whole:], alpha=alpha)
+
+
 def scale_inside(scale: float | Tensor) -> TypeGuard[float]:
     """Whether a product may multiply by the scale itself. Not at NaN, nor where float32 makes it 0: BLAS then skips the
     product, where Inf in it makes NaN."""
@@ -186,7 +202,7 @@ class RowSum:
     """scale · tᵀ x, (R, K), summed over blocks of rows of t (M, R) and x (M, K) in their accumulation dtype ``acc``.
 
     ``operands`` is the dtype that the products read, ``acc`` or a lower one. ``in_blocks``: x is added block by block,
-    each in the memory of the one before it.
+    mostly each in the memory of the one before it.
     """
 
     def __init__(
@@ -204,8 +220,9 @@ class RowSum:
         if scale_inside(scale):
             self._alpha, self._factor = scale, None
         self._shape, self._acc, self._device = (rank, x.shape[1]), acc, x.device
+        self._in_runs = blocks.on_cpu(x) and acc == operands and x.shape[1] <= _FEW_COLUMNS
         self._column_parts = self._row_parts = 1  # not more than one of them is above 1
-        if _batches(x, operands):
+        if not self._in_runs and _batches(x, operands):
             self._row_parts = _parts_of_a_block(x, rank) if in_blocks else 1
             self._column_parts = _column_parts(x.shape[1]) if self._row_parts == 1 else 1
         self._sum: Tensor | None = None  # (R, K), (column parts, R, K / column parts) or (row parts, R, K)
@@ -215,6 +232,9 @@ class RowSum:
         left, total, alpha = t.t(), self._sum, self._alpha
         if self._row_parts > 1:
             self._add_row_parts(t, x)
+        elif self._in_runs:
+            product = _product_in_runs(t, x, alpha)
+            self._sum = product if total is None else total.add_(product)
         elif self._column_parts > 1:
             left = left.expand(self._column_parts, -1, -1)
             x = x.view(x.shape[0], self._column_parts, x.shape[1] // self._column_parts).transpose(0, 1)

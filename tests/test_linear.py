@@ -144,12 +144,25 @@ LARGE = [
     Case((250,), N=509, K=512, R=16, regime="bfloat16+float32"),
     # One row more than a block, which alone would be summed less accurately over so long a contraction.
     Case((17,), N=40000, K=64, R=31, regime="bfloat16+float32", p=0.5),
+    # Few columns, which MKL sums over all rows in one run.
+    Case((4100,), N=5, K=64, R=16),
+    Case((4100,), N=5, K=8, R=17, regime="bfloat16+float32", p=0.5),
 ]
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_accuracy_where_the_shipped_blocks_have_seams(case):
     assert_as_accurate_as_plain(case)
+
+
+@pytest.mark.parametrize("regime", ["float32", "bfloat16+float32"])
+def test_accuracy_where_blocks_are_cut_for_threads(regime):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert_as_accurate_as_plain(Case((531,), N=1021, K=1024, R=8, regime=regime, p=0.1))  # 512 and 19 rows
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

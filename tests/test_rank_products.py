@@ -45,8 +45,8 @@ def test_what_is_not_kept_is_not_read(rank):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
-@pytest.mark.parametrize("threads", [1, 2, 3])  # with one the blocks are cut by columns, else by rows
-@pytest.mark.parametrize("K", [2048, 784, 1100, 2049, 67 * 64])
+@pytest.mark.parametrize("threads", [1, 2, 3])  # with several, blocks are cut by rows where they are high enough
+@pytest.mark.parametrize("K", [5, 2048, 784, 1100, 2049, 67 * 64])
 def test_row_sum(monkeypatch, K, threads, layout):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     t, x = whole_numbers(700, 12), whole_numbers(700, K)
