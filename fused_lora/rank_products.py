@@ -6,9 +6,8 @@ float32: MKL multiplies matrices that are R wide slowly when they are given to i
 and its caches where they are narrow. Cut into a batch by us, tᵀ x takes 55 to 80 % of the time, t f with few ranks 45
 to 80 % (AMD EPYC, 2 threads, torch 2.13, 2026-11-25). bfloat16: oneDNN makes a result that is R high in 45 to 70 % of
 the time of one R wide at ranks 8 and 16, in the same time at 48 (another AMD EPYC, 2 threads, torch 2.13, 2026-11-29).
-More in docs/tuning-notes.md. Where one core is slow to write what another has read (as if they shared no
-cache) it decides that a thread reads what it wrote: memory that is written for block after block is cut by rows, as the
-threads cut what is written.
+More in docs/tuning-notes.md. Memory that is written for block after block is cut by rows, as the threads cut what is
+written, so that each reads what it wrote: to write what another core has read can take longer than cold memory.
 
 Each element is summed in float32 over the same terms either way. Elsewhere these are the plain products.
 """
@@ -38,7 +37,7 @@ _MANY = 1 << 20
 _FEW_RANKS = 32
 _LEAST_SCALE = torch.finfo(torch.float32).tiny
 # Columns up to which tᵀ x is summed over so many rows at a time: over all rows in one run, as MKL does with 4 to 10
-# columns and 16 ranks and more, 16384 of them cost 9 times the error of dyᵀ s and 5 times the time.
+# columns and 16 ranks and more, 16384 of them cost 7 times the error (RMS) of xᵀ t and 4 to 6 times the time.
 _FEW_COLUMNS, _RUN = 16, 256
 # Elements of x, or of t f, below which one product is as fast.
 _LEAST = 1 << 16
@@ -117,15 +116,19 @@ def _product(x: Tensor, f: Tensor, alpha: float, out: Tensor | None = None) -> T
     return torch.addmm(_unread(x), x, f, beta=0, alpha=alpha, out=out)
 
 
+def _cut_by_rows(t: Tensor, x: Tensor, parts: int, height: int) -> tuple[Tensor, Tensor]:
+    """The factors of tᵀ x of the first ``parts`` times ``height`` rows, as a batch."""
+    t, x = part(t, 0, parts * height), part(x, 0, parts * height)
+    return t.view(parts, height, t.shape[1]).transpose(1, 2), x.view(parts, height, x.shape[1])
+
+
 def _product_in_runs(t: Tensor, x: Tensor, alpha: float) -> Tensor:
     """alpha · tᵀ x, summed over ``_RUN`` rows at a time, then over those sums."""
     rows, runs = x.shape[0], x.shape[0] // _RUN
     if runs < 2:
         return _product(t.t(), x, alpha)
     whole = runs * _RUN
-    left = part(t, 0, whole).view(runs, _RUN, t.shape[1]).transpose(1, 2)
-    right = part(x, 0, whole).view(runs, _RUN, x.shape[1])
-    total = torch.baddbmm(_unread(x), left, right, beta=0, alpha=alpha).sum(0)
+    total = torch.baddbmm(_unread(x), *_cut_by_rows(t, x, runs, _RUN), beta=0, alpha=alpha).sum(0)
     return total if whole == rows else total.addmm_(t[whole:].t(), x[whole:], alpha=alpha)
 
 
@@ -254,11 +257,9 @@ class RowSum:
 
     def _add_row_parts(self, t: Tensor, x: Tensor) -> None:
         """The rows that the parts leave over, fewer than parts, go to the first part's sum."""
-        parts = self._row_parts
-        height = x.shape[0] // parts
-        whole = height * parts
-        left, right = part(t, 0, whole), part(x, 0, whole)
-        self._add_batch(left.view(parts, height, t.shape[1]).transpose(1, 2), right.view(parts, height, x.shape[1]))
+        parts, height = self._row_parts, x.shape[0] // self._row_parts
+        whole = parts * height
+        self._add_batch(*_cut_by_rows(t, x, parts, height))
         if whole < x.shape[0] and self._sum is not None:
             self._sum[0].addmm_(t[whole:].t(), x[whole:], alpha=self._alpha)
 
